@@ -1,0 +1,1 @@
+"""Plumbing every service shares; it has no idea what a token is."""

@@ -1,0 +1,70 @@
+"""Options of a service: one frozen dataclass is the single list of them.
+
+Each field made by `option()` becomes a flag `--like-this` and an environment variable `LORAPLEX_LIKE_THIS`; the flag
+wins.
+"""
+
+import argparse
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config")
+
+
+def option(default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
+    """A documented field. Without a default the option is required."""
+    metadata = {"help": help, "choices": tuple(choices)}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What every service has. A port of 0 takes a free one; the ready line says which."""
+
+    host: str = option("127.0.0.1", help="address to listen on")
+    port: int = option(0, help="gRPC port; 0 takes a free one")
+    metrics_port: int = option(0, help="port of /metrics; 0 takes a free one")
+    log_level: str = option("info", help="lowest level that is logged", choices=("debug", "info", "warning", "error"))
+    drain_seconds: float = option(10.0, help="how long calls in flight may go on after SIGTERM")
+
+
+def parse(config_class: type[_Config], program: str, argv: Sequence[str] | None = None) -> _Config:
+    """Reads flags, then the environment, then defaults. Exits with a usage message on a bad value, as argparse does."""
+    description = (config_class.__doc__ or "").strip()
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    hints = typing.get_type_hints(config_class)
+    for spec in fields(config_class):  # type: ignore[arg-type]  # every config is a dataclass
+        _add_flag(parser, spec, hints[spec.name])
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def _add_flag(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:
+    flag, variable = "--" + spec.name.replace("_", "-"), "LORAPLEX_" + spec.name.upper()
+    value_type = _value_type(hint)
+    default = None if spec.default is MISSING else spec.default
+    required = spec.default is MISSING
+    if variable in os.environ:
+        try:
+            default, required = value_type(os.environ[variable]), False
+        except ValueError:
+            parser.error(f"{variable}={os.environ[variable]!r} is not a valid {value_type.__name__}")
+    help_text = f"{spec.metadata['help']} [{variable}]"
+    if value_type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        return
+    choices = spec.metadata["choices"] or None
+    parser.add_argument(flag, type=value_type, default=default, required=required, choices=choices, help=help_text)
+
+
+def _value_type(hint: Any) -> Any:
+    """The type inside `T | None`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(argument for argument in typing.get_args(hint) if argument is not types.NoneType)
+    return {Path: Path, int: int, float: float, bool: bool, str: str}[hint]

@@ -1,0 +1,133 @@
+"""The life of a service process: start, ready, serve until a signal, drain, stop."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from common.config import ServiceConfig, parse
+from common.interceptors import ErrorInterceptor
+from common.logs import set_up_logs
+from common.metrics import new_registry, ready_gauge, serve_metrics
+
+_log = logging.getLogger(__name__)
+_Config = TypeVar("_Config", bound=ServiceConfig)
+
+# Without ping_timeout_ms a frozen peer is noticed after 60 s whatever the other two say.
+KEEPALIVE_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+_SERVER_OPTIONS: list[tuple[str, int]] = [
+    *KEEPALIVE_OPTIONS,
+    # The default lets a second process bind the same port and take half of the traffic.
+    ("grpc.so_reuseport", 0),
+    # There is no "recv" in this name; with it the option is silently ignored.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
+
+class Server:
+    """A gRPC server with health, reflection and metrics.
+
+    Health answers for `""`, `liveness` (this loop turns) and `readiness` (takes work), and for each service by name.
+    """
+
+    def __init__(self, config: ServiceConfig, *, max_message_bytes: int = 4 * 1024 * 1024) -> None:
+        self._config = config
+        options = [
+            *_SERVER_OPTIONS,
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+        ]
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+        self.registry: CollectorRegistry = new_registry()
+        self._ready_gauge = ready_gauge(self.registry)
+        self._health = health_aio.HealthServicer()
+        self._services: list[str] = []
+        self.ready = asyncio.Event()
+
+    async def start(self, descriptors: Sequence[Any]) -> None:
+        """Listens; not ready yet. `descriptors` are the service descriptors already added to `self.grpc`.
+
+        Raises OSError naming the address when a port is taken.
+        """
+        self._services = [descriptor.full_name for descriptor in descriptors]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self.grpc)
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = self.grpc.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise OSError(f"cannot listen on {address}: is another process using the port?")
+        self.address = f"{self._config.host}:{port}"
+        try:
+            self._metrics = serve_metrics(self.registry, self._config.host, self._config.metrics_port)
+        except OSError as error:
+            wanted = f"{self._config.host}:{self._config.metrics_port}"
+            raise OSError(f"cannot serve metrics on {wanted}: {error.strerror}") from error
+        self.metrics_address = f"{self._config.host}:{self._metrics.port}"
+        await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
+        await self.set_ready(False)
+        await self.grpc.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        """Flips readiness in health and in the `loraplex_ready` gauge."""
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", "readiness", *self._services):
+            await self._health.set(name, status)
+        self._ready_gauge.set(int(ready))
+        if ready:
+            self.ready.set()
+        else:
+            self.ready.clear()
+
+    async def stop(self) -> None:
+        """Stops taking calls, gives those in flight the drain time, closes."""
+        await self.set_ready(False)
+        await self.grpc.stop(self._config.drain_seconds)
+        self._metrics.stop()
+
+
+def announce(service: str, **addresses: str) -> None:
+    """Prints the one line on standard output that says where a ready process is: `ready scheduler grpc=HOST:PORT`."""
+    print("ready", service, *(f"{name}={address}" for name, address in addresses.items()), flush=True)
+
+
+async def until_signal() -> None:
+    """Returns at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def run_service(name: str, config_class: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
+    """Entry point of a service: parse options, set up logs, run `serve` on one event loop.
+
+    An OSError or ValueError during start (a port taken, a file missing) becomes one line and exit code 1.
+    """
+    config = parse(config_class, f"python -m {name}")
+    set_up_logs(name, config.log_level)
+    try:
+        uvloop.run(serve(config))
+    except (OSError, ValueError) as error:
+        _log.error("cannot start: %s", error)
+        raise SystemExit(1) from None

@@ -1,0 +1,1 @@
+"""loraplex: one base model, thousands of LoRA adapters, one batch."""

@@ -1,0 +1,1 @@
+"""Messages and stubs of package `loraplex.v1`, generated from `protos/` by `make stubs`."""

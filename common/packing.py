@@ -6,8 +6,8 @@
     ^ each row starts on a 128-byte unit, in the adapter's own dtype
 
 A row has `in_features` elements, a transposed B row has `out_features`; a module of rank r has r rows of each. Nothing
-depends on a page size: a byte at offset `o` is in page `o // page_bytes`, and because a page is a whole number of units,
-a kernel looks a page up once per unit. Scaling is kept beside the bytes, never multiplied into them.
+depends on a page size: a byte at offset `o` is in page `o // page_bytes`, and because a page is a whole number of
+units, a kernel looks a page up once per unit. Scaling is kept beside the bytes, never multiplied into them.
 """
 
 import hashlib
@@ -98,12 +98,12 @@ def pack(
         start = module.start_unit * UNIT_BYTES
         start = _write_rows(data, start, a, row_units(module.in_features, layout.dtype))
         _write_rows(data, start, b.T, row_units(module.out_features, layout.dtype))
-    return replace(layout, sha256=hashlib.sha256(data).hexdigest()), data
+    return replace(layout, sha256=hashlib.sha256(data.tobytes()).hexdigest()), data
 
 
 def _write_rows(data: npt.NDArray[np.uint8], start: int, rows: npt.NDArray[np.generic], units: int) -> int:
     """Writes `rows` `[num_rows, features]`, each padded to `units` units; returns the offset after them."""
-    end = start + rows.shape[0] * units * UNIT_BYTES
+    end: int = start + rows.shape[0] * units * UNIT_BYTES
     padded = data[start:end].reshape(rows.shape[0], units * UNIT_BYTES)
     flat = np.ascontiguousarray(rows).view(np.uint8).reshape(rows.shape[0], -1)
     padded[:, : flat.shape[1]] = flat

@@ -27,16 +27,16 @@ _MODULES = dict(
 _MODULE_NAMES = {number: name for name, number in _MODULES.items()}
 
 
-def dtype_to_proto(dtype: str) -> types_pb2.Dtype:
+def dtype_to_proto(dtype: str) -> "types_pb2.Dtype.ValueType":
     """Raises KeyError for a dtype the wire has no number for."""
     return _DTYPES[dtype]
 
 
-def dtype_from_proto(dtype: types_pb2.Dtype) -> str:
+def dtype_from_proto(dtype: "types_pb2.Dtype.ValueType") -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def module_to_proto(module: str) -> types_pb2.LoraModule:
+def module_to_proto(module: str) -> "types_pb2.LoraModule.ValueType":
     return _MODULES[module]
 
 

@@ -1,0 +1,35 @@
+"""The input of one forward pass."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.adapters import AdapterTables, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Tokens of several sequences, decodes and prefill chunks mixed, with everything that a decoder reads or writes.
+
+    The tokens of a sequence are contiguous and in order of position; the tokens of an adapter are contiguous too.
+    """
+
+    # [num_tokens] int64
+    token_ids: Tensor
+    # [num_tokens] int64, from 0
+    positions: Tensor
+    # [num_tokens] int64, page * page_size + offset: where this token's key and value go
+    slot_mapping: Tensor
+    # [num_sequences, max_pages] int32; entries behind a sequence's last page are never read
+    page_table: Tensor
+    # [num_sequences + 1] int32, from 0 to num_tokens
+    query_start: Tensor
+    # [num_sequences] int32, tokens including those of this step
+    context_lens: Tensor
+    # [num_logits] int64, the tokens whose logits are wanted
+    logit_rows: Tensor
+    segments: Segments
+    # None = base model only: no token has an adapter
+    adapters: AdapterTables | None
+    # [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], any strides; 0 = key, 1 = value
+    kv_pages: Tensor

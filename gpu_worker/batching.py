@@ -1,0 +1,172 @@
+"""Who is in the next step: admission in order, growth, preemption, chunks under the token budget. Integers only."""
+
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from common.packing import PackedLayout
+from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[start, start + length)` of a sequence, computed in this step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def samples(self) -> bool:
+        """The chunk ends with the last known token, so the step yields the next one."""
+        return self.start + self.length == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What the next step runs, and what changed while it was planned."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    # Adapters whose pages were reserved and must now be filled.
+    loads: list[str] = field(default_factory=list)
+
+
+class Batcher:
+    """The worker's local queue and its running sequences.
+
+    Admission follows `order_key` exactly: the first waiting sequence whose adapter is at hand gets pages or everybody
+    behind it waits too. Preemption takes the largest `order_key`, so the oldest always goes on; a preempted sequence
+    comes back only when its whole length fits.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryManager,
+        layout_of: Callable[[str], PackedLayout | None],
+        *,
+        max_step_tokens: int,
+        max_sequences: int,
+    ) -> None:
+        """`layout_of(digest)` is the adapter's layout once its bytes are in the host tier, else None."""
+        self._memory = memory
+        self._layout_of = layout_of
+        self._max_step_tokens = max_step_tokens
+        self._max_sequences = max_sequences
+        self._sequences: dict[str, Sequence] = {}
+        # sorted by order_key
+        self._waiting: list[tuple[int, str]] = []
+        self._running: dict[str, Sequence] = {}
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences.values())
+
+    def get(self, sequence_id: str) -> Sequence | None:
+        return self._sequences.get(sequence_id)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence in line."""
+        self._sequences[sequence.sequence_id] = sequence
+        insort(self._waiting, (sequence.order_key, sequence.sequence_id))
+
+    def reorder(self, sequence: Sequence, order_key: int) -> None:
+        """Gives a sequence a smaller key; a larger one is ignored, because keys never grow."""
+        if order_key >= sequence.order_key:
+            return
+        waiting = sequence.state is SequenceState.WAITING
+        if waiting:
+            self._waiting.remove((sequence.order_key, sequence.sequence_id))
+        sequence.order_key = order_key
+        if waiting:
+            insort(self._waiting, (order_key, sequence.sequence_id))
+
+    def remove(self, sequence: Sequence, last_step: int) -> None:
+        """Forgets a sequence and frees what it holds; launched step `last_step` may still touch its pages."""
+        del self._sequences[sequence.sequence_id]
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove((sequence.order_key, sequence.sequence_id))
+        else:
+            self._release(sequence, last_step)
+        sequence.state = SequenceState.FINISHED
+
+    def preempt(self, sequence: Sequence, last_step: int) -> None:
+        """Frees the pages of an admitted sequence and puts it back in line with its tokens kept."""
+        self._release(sequence, last_step)
+        sequence.state = SequenceState.WAITING
+        sequence.computed_tokens = 0
+        sequence.preemptions += 1
+        insort(self._waiting, (sequence.order_key, sequence.sequence_id))
+
+    def adapter_loaded(self, adapter_version: str) -> list[Sequence]:
+        """The adapter is in pages: its admitted sequences join the next step."""
+        joined = [sequence for sequence in self._running.values() if sequence.adapter_version == adapter_version]
+        for sequence in joined:
+            sequence.state = SequenceState.RUNNING
+        return joined
+
+    def plan(self, last_step: int) -> StepPlan:
+        """Decides the next step. `last_step` is the number of the last launched step."""
+        plan = StepPlan()
+        self._admit(plan)
+        runnable = [sequence for sequence in self._running.values() if sequence.state is SequenceState.RUNNING]
+        runnable.sort(key=lambda sequence: sequence.order_key)
+        decodes = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens == 1]
+        prefills = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens > 1]
+        budget = self._max_step_tokens
+        for sequence in [*decodes, *prefills]:
+            if budget == 0:
+                break
+            length = min(budget, sequence.num_tokens - sequence.computed_tokens)
+            if self._grow(sequence, sequence.computed_tokens + length, plan, last_step):
+                plan.chunks.append(Chunk(sequence, sequence.computed_tokens, length))
+                budget -= length
+        preempted = {sequence.sequence_id for sequence in plan.preempted}
+        plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence.sequence_id not in preempted]
+        return plan
+
+    def _admit(self, plan: StepPlan) -> None:
+        position = 0
+        while position < len(self._waiting) and len(self._running) < self._max_sequences:
+            sequence = self._sequences[self._waiting[position][1]]
+            layout = self._layout_of(sequence.adapter_version) if sequence.adapter_version else None
+            if sequence.adapter_version and layout is None:
+                position += 1
+                continue
+            # A resumed sequence would only be preempted again if it came back with less than its whole length.
+            tokens = sequence.num_tokens if sequence.preemptions else min(sequence.num_tokens, self._max_step_tokens)
+            resident = self._memory.adapters.get(sequence.adapter_version) if layout else None
+            if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout):
+                return
+            if layout and resident is None:
+                plan.loads.append(sequence.adapter_version)
+            ready = layout is None or (resident is not None and not resident.loading)
+            sequence.state = SequenceState.RUNNING if ready else SequenceState.LOADING
+            del self._waiting[position]
+            self._running[sequence.sequence_id] = sequence
+            plan.admitted.append(sequence)
+
+    def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan, last_step: int) -> bool:
+        """Makes room for `num_tokens`, preempting from the largest order_key down to this sequence if it must."""
+        if sequence.state is not SequenceState.RUNNING:
+            return False
+        while not self._memory.grow(sequence.sequence_id, num_tokens):
+            victim = max(self._running.values(), key=lambda running: running.order_key)
+            self.preempt(victim, last_step)
+            plan.preempted.append(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _release(self, sequence: Sequence, last_step: int) -> None:
+        del self._running[sequence.sequence_id]
+        self._memory.release(sequence.sequence_id, sequence.adapter_version, last_step)

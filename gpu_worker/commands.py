@@ -1,0 +1,226 @@
+"""Applies what arrived between two steps: commands of the scheduler, of gateways and operators, finished loads."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+
+from common.errors import DataLoss, FailedPrecondition, LoraplexError, NotFound, from_proto, to_proto
+from gpu_worker.batching import Batcher
+from gpu_worker.convert import sequence_id, to_progress, to_resident, to_sequence, to_usage
+from gpu_worker.host_tier import HostTier
+from gpu_worker.loader import LoadDone
+from gpu_worker.memory.adapter_cache import AdapterInUseError
+from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.outbox import Outbox
+from gpu_worker.sequence import Sequence, SequenceState
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
+
+_log = logging.getLogger(__name__)
+
+Arrival = engine_pb2.EngineCommand | LoadDone
+
+
+class CommandLog:
+    """Each (scheduler_epoch, seq) is applied in order and exactly once."""
+
+    def __init__(self) -> None:
+        self.scheduler_epoch = 0
+        self.applied_seq = 0
+
+    def accept(self, batch: scheduler_pb2.CommandBatch) -> Iterator[scheduler_pb2.Command]:
+        """The commands of `batch` that are due; those of an older epoch or already applied are void."""
+        if batch.scheduler_epoch < self.scheduler_epoch:
+            return
+        if batch.scheduler_epoch > self.scheduler_epoch:
+            self.scheduler_epoch, self.applied_seq = batch.scheduler_epoch, 0
+        for command in batch.commands:
+            if command.seq <= self.applied_seq:
+                continue
+            if command.seq != self.applied_seq + 1:
+                _log.error("command %d follows %d: the rest of the batch is void", command.seq, self.applied_seq)
+                return
+            self.applied_seq = command.seq
+            yield command
+
+    def restart(self) -> None:
+        """The face registers anew: commands count from 1 again."""
+        self.applied_seq = 0
+
+
+class CommandProcessor:
+    """Changes the batcher, the host tier and the memory manager; tells the outbox."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        memory: MemoryManager,
+        host: HostTier,
+        outbox: Outbox,
+        *,
+        eos_token_ids: tuple[int, ...],
+        max_context_tokens: int,
+    ) -> None:
+        self.log = CommandLog()
+        self.loads = 0
+        self._batcher = batcher
+        self._memory = memory
+        self._host = host
+        self._outbox = outbox
+        self._eos_token_ids = eos_token_ids
+        self._max_context_tokens = max_context_tokens
+
+    def apply(self, arrivals: Iterable[Arrival], last_step: int) -> list[engine_pb2.EngineEvent]:
+        """Applies `arrivals` in order and returns the answers that cannot wait for the step's report.
+
+        `last_step` is the number of the last launched step.
+        """
+        self._last_step = last_step
+        events: list[engine_pb2.EngineEvent] = []
+        for arrival in arrivals:
+            if isinstance(arrival, LoadDone):
+                self._load_done(arrival)
+                continue
+            kind = arrival.WhichOneof("command")
+            if kind == "scheduler_commands":
+                for command in self.log.accept(arrival.scheduler_commands):
+                    self._apply_command(command)
+            elif kind == "abort":
+                self._abort(arrival.abort.key)
+            elif kind == "adapter_fetched":
+                if error := self._host.add(arrival.adapter_fetched):
+                    self._fail_adapter(arrival.adapter_fetched.adapter_version, error)
+            elif kind == "adapter_fetch_failed":
+                self._host.drop(arrival.adapter_fetch_failed.adapter_version)
+                failure = from_proto(arrival.adapter_fetch_failed.error)
+                self._fail_adapter(arrival.adapter_fetch_failed.adapter_version, failure)
+            elif kind == "gateway_lost":
+                for sequence in [s for s in self._batcher if s.gateway_id == arrival.gateway_lost.gateway_id]:
+                    self._end_aborted(sequence)
+            elif kind == "memory":
+                events.append(engine_pb2.EngineEvent(memory=self._memory_reply(arrival.memory)))
+            elif kind == "take_snapshot":
+                self.log.restart()
+                events.append(engine_pb2.EngineEvent(snapshot=self._snapshot()))
+        return events
+
+    def _apply_command(self, command: scheduler_pb2.Command) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "offer":
+            self._offer(command.offer)
+        elif kind == "prefetch":
+            self._want_adapter(command.prefetch.tenant, command.prefetch.adapter_version)
+        elif kind == "abort":
+            self._abort(command.abort.key)
+        elif kind == "revoke":
+            self._revoke(command.revoke.key)
+        elif kind == "reorder":
+            if sequence := self._batcher.get(sequence_id(command.reorder.key)):
+                self._batcher.reorder(sequence, command.reorder.order_key)
+        elif kind == "preempt":
+            sequence = self._batcher.get(sequence_id(command.preempt.key))
+            if sequence and sequence.state is not SequenceState.WAITING:
+                self._batcher.preempt(sequence, self._last_step)
+                self._outbox.changed(sequence)
+
+    def _offer(self, offer: scheduler_pb2.Offer) -> None:
+        sequence = to_sequence(offer, self._eos_token_ids)
+        if self._batcher.get(sequence.sequence_id):
+            return
+        # A newer attempt fences the older ones.
+        for older in [s for s in self._batcher if s.request_id == sequence.request_id]:
+            self._end_aborted(older)
+        sequence.timings.offered = time.monotonic()
+        if error := self._never_fits(sequence, offer.request.adapter_bytes):
+            self._outbox.fail(sequence, error)
+            return
+        self._batcher.add(sequence)
+        self._outbox.changed(sequence)
+        if sequence.adapter_version:
+            self._want_adapter(sequence.tenant, sequence.adapter_version)
+
+    def _never_fits(self, sequence: Sequence, adapter_bytes: int) -> LoraplexError | None:
+        geometry = self._memory.geometry
+        most = min(len(sequence.prompt_token_ids) + sequence.stopping.max_tokens, self._max_context_tokens)
+        kv, adapter = geometry.pages_for_tokens(most), geometry.pages_for_bytes(adapter_bytes)
+        if kv + adapter <= self._memory.num_pages:
+            return None
+        message = (
+            f"the request needs {kv} pages for {most} tokens and {adapter} for its adapter; "
+            f"the pool has {self._memory.num_pages}"
+        )
+        return FailedPrecondition("REQUEST_TOO_LARGE", message)
+
+    def _abort(self, key: types_pb2.RequestKey) -> None:
+        if sequence := self._batcher.get(sequence_id(key)):
+            self._end_aborted(sequence)
+
+    def _end_aborted(self, sequence: Sequence) -> None:
+        self._batcher.remove(sequence, self._last_step)
+        self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED)
+
+    def _revoke(self, key: types_pb2.RequestKey) -> None:
+        """Gives a request back unless it has held pages already; then its real state answers."""
+        sequence = self._batcher.get(sequence_id(key))
+        if sequence is None:
+            return
+        if sequence.state is SequenceState.WAITING and not sequence.preemptions:
+            self._batcher.remove(sequence, self._last_step)
+            self._outbox.revoked(sequence)
+        else:
+            self._outbox.changed(sequence)
+
+    def _want_adapter(self, tenant: str, adapter_version: str) -> None:
+        if self._host.want(adapter_version):
+            self._outbox.need_adapter(tenant, adapter_version)
+
+    def _fail_adapter(self, adapter_version: str, error: LoraplexError) -> None:
+        for sequence in [s for s in self._batcher if s.adapter_version == adapter_version]:
+            self._batcher.remove(sequence, self._last_step)
+            self._outbox.fail(sequence, error)
+
+    def _load_done(self, done: LoadDone) -> None:
+        if done.failure:
+            self._host.drop(done.adapter_version)
+            error = DataLoss("ADAPTER_CORRUPT", f"the adapter cannot be loaded: {done.failure}")
+            self._fail_adapter(done.adapter_version, error)
+            self._memory.drop_failed(done.adapter_version)
+            return
+        self._memory.finish_loading(done.adapter_version)
+        self.loads += 1
+        for sequence in self._batcher.adapter_loaded(done.adapter_version):
+            sequence.timings.loaded = sequence.timings.loaded or time.monotonic()
+
+    def _snapshot(self) -> engine_pb2.EngineSnapshot:
+        return engine_pb2.EngineSnapshot(
+            in_flight=[to_progress(sequence) for sequence in self._batcher],
+            resident=[to_resident(adapter) for adapter in self._memory.adapters],
+            memory=to_usage(self._memory, self._host.num_bytes),
+        )
+
+    def _memory_reply(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:
+        reply = engine_pb2.MemoryReply(
+            call_id=command.call_id,
+            running_sequences=self._batcher.num_running,
+            waiting_sequences=self._batcher.num_waiting,
+        )
+        try:
+            reply.freed_pages = self._change_residency(command)
+        except KeyError:
+            error: LoraplexError = NotFound("ADAPTER_NOT_RESIDENT", "the adapter is not resident on this worker")
+            reply.error.CopyFrom(to_proto(error))
+        except AdapterInUseError as problem:
+            reply.error.CopyFrom(to_proto(FailedPrecondition("ADAPTER_IN_USE", str(problem))))
+        reply.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
+        reply.resident.extend(to_resident(adapter) for adapter in self._memory.adapters)
+        return reply
+
+    def _change_residency(self, command: engine_pb2.MemoryCommand) -> int:
+        """Pins, unpins or evicts; returns pages freed. Raises KeyError or AdapterInUseError."""
+        kind = command.WhichOneof("command")
+        if kind == "evict":
+            return self._memory.evict(command.evict.adapter_version)
+        if kind == "pin":
+            self._memory.adapters.set_operator_pin(command.pin.adapter_version, pinned=True)
+        elif kind == "unpin":
+            self._memory.adapters.set_operator_pin(command.unpin.adapter_version, pinned=False)
+        return 0

@@ -1,0 +1,172 @@
+"""The engine: one thread that applies commands, places pages, runs a batch and reports, step after step."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpu_worker.batching import Batcher, Chunk, StepPlan
+from gpu_worker.commands import Arrival, CommandProcessor
+from gpu_worker.convert import to_delta, to_usage
+from gpu_worker.host_tier import HostTier
+from gpu_worker.loader import Loader
+from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.model_runner import ModelRunner, StepOutput
+from gpu_worker.outbox import Outbox
+from gpu_worker.sequence import Sequence, SequenceState
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds of a step and of a sequence."""
+
+    max_step_tokens: int
+    max_sequences: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Engine:
+    """Sequences in, tokens out. Every method runs on the engine's thread."""
+
+    def __init__(
+        self, runner: ModelRunner, memory: MemoryManager, loader: Loader, host: HostTier, limits: EngineLimits
+    ) -> None:
+        self._runner = runner
+        self._memory = memory
+        self._loader = loader
+        self._host = host
+        self._limits = limits
+        self._outbox = Outbox()
+        self._batcher = Batcher(
+            memory, host.layout, max_step_tokens=limits.max_step_tokens, max_sequences=limits.max_sequences
+        )
+        self._commands = CommandProcessor(
+            self._batcher,
+            memory,
+            host,
+            self._outbox,
+            eos_token_ids=limits.eos_token_ids,
+            max_context_tokens=limits.max_context_tokens,
+        )
+        # Number of the last launched step.
+        self._step = 0
+
+    @property
+    def busy(self) -> bool:
+        """Another step can make progress without anything arriving."""
+        return any(sequence.state is SequenceState.RUNNING for sequence in self._batcher)
+
+    def warm_up(self) -> None:
+        """Runs a prefill and a decode, so that the first request does not pay for lazy initialisation."""
+        key = types_pb2.RequestKey(request_id="warm-up")
+        request = types_pb2.RequestSpec(
+            key=key,
+            prompt_token_ids=[0],
+            sampling=types_pb2.SamplingParams(temperature=0.0, seed=0),
+            stopping=types_pb2.StoppingParams(max_tokens=2, ignore_eos=True),
+        )
+        offer = scheduler_pb2.Offer(request=request, order_key=0)
+        commands = scheduler_pb2.CommandBatch(commands=[scheduler_pb2.Command(seq=1, offer=offer)])
+        self.step([engine_pb2.EngineCommand(scheduler_commands=commands)])
+        while self.busy:
+            self.step([])
+        self._commands.log.restart()
+
+    def step(self, arrivals: Iterable[Arrival]) -> list[engine_pb2.EngineEvent]:
+        """Applies what has arrived, runs one batch, and says what changed. Waits for nobody."""
+        events = self._commands.apply(arrivals, self._step)
+        stats = self._run_batch()
+        return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
+
+    def _run_batch(self) -> engine_pb2.StepStats | None:
+        started = time.perf_counter()
+        plan = self._batcher.plan(self._step)
+        self._announce(plan)
+        if not plan.chunks:
+            return None
+        self._step += 1
+        planned = time.perf_counter()
+        output = self._runner.run(plan.chunks, self._step)
+        self._memory.complete(self._step)
+        stats = self._stats(plan, output, planned - started)
+        for chunk in plan.chunks:
+            self._advance(chunk, output)
+        return stats
+
+    def _announce(self, plan: StepPlan) -> None:
+        """Starts the copies the plan asks for and tells the scheduler who was admitted or preempted."""
+        now = time.monotonic()
+        for adapter_version in plan.loads:
+            adapter = self._memory.adapters.get(adapter_version)
+            if adapter is not None:
+                self._loader.load(adapter_version, self._host.get(adapter_version), adapter.pages)
+        for sequence in plan.admitted:
+            timings = sequence.timings
+            timings.admitted = timings.admitted or now
+            if sequence.state is SequenceState.RUNNING:
+                timings.loaded = timings.loaded or now
+        for sequence in [*plan.admitted, *plan.preempted]:
+            self._outbox.changed(sequence)
+
+    def _advance(self, chunk: Chunk, output: StepOutput) -> None:
+        """Books a computed chunk; a sequence that got a token may have ended with it."""
+        sequence = chunk.sequence
+        sequence.computed_tokens = chunk.start + chunk.length
+        token = output.tokens.get(sequence.sequence_id)
+        if token is None:
+            return
+        timings = sequence.timings
+        timings.first_token = timings.first_token or time.monotonic()
+        sequence.output_token_ids.append(token)
+        self._outbox.token(sequence)
+        reason = self._finish_reason(sequence, token)
+        if reason == types_pb2.FINISH_REASON_UNSPECIFIED:
+            return
+        self._batcher.remove(sequence, self._step)
+        matched = token if reason == types_pb2.FINISH_REASON_STOP else None
+        self._outbox.finish(sequence, reason, matched)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> "types_pb2.FinishReason.ValueType":
+        stopping, num_output = sequence.stopping, len(sequence.output_token_ids)
+        if token in stopping.stop_token_ids and num_output > stopping.min_tokens:
+            return types_pb2.FINISH_REASON_STOP
+        if num_output >= stopping.max_tokens or sequence.num_tokens >= self._limits.max_context_tokens:
+            return types_pb2.FINISH_REASON_LENGTH
+        return types_pb2.FINISH_REASON_UNSPECIFIED
+
+    def _stats(self, plan: StepPlan, output: StepOutput, schedule_seconds: float) -> engine_pb2.StepStats:
+        prefills = [chunk for chunk in plan.chunks if not (chunk.samples and chunk.length == 1)]
+        prefill_tokens = sum(chunk.length for chunk in prefills)
+        return engine_pb2.StepStats(
+            prefill_tokens=prefill_tokens,
+            decode_tokens=sum(chunk.length for chunk in plan.chunks) - prefill_tokens,
+            sequences=len(plan.chunks),
+            distinct_adapters=output.distinct_adapters,
+            lora_ranks=output.lora_ranks,
+            prefill_chunks=len(prefills),
+            schedule_seconds=schedule_seconds,
+            forward_seconds=output.forward_seconds,
+            sample_seconds=output.sample_seconds,
+            context_tokens=sum(chunk.start + chunk.length for chunk in plan.chunks),
+            preemptions=len(plan.preempted),
+            adapter_loads=self._commands.loads,
+            adapter_evictions=self._memory.evictions,
+        )
+
+    def _report(self, stats: engine_pb2.StepStats | None) -> engine_pb2.StepResult:
+        result = self._outbox.take()
+        result.step_number = self._step
+        if stats is not None:
+            result.stats.CopyFrom(stats)
+        report = result.report
+        report.scheduler_epoch = self._commands.log.scheduler_epoch
+        report.applied_seq = self._commands.log.applied_seq
+        report.step_number = self._step
+        report.residency.extend(to_delta(change) for change in self._memory.take_changes())
+        report.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
+        report.waiting_sequences = self._batcher.num_waiting
+        report.running_sequences = self._batcher.num_running
+        if not self._batcher.num_running:
+            self._memory.check_integrity()
+        return result

@@ -1,0 +1,162 @@
+"""The engine process: `python -m gpu_worker.engine_main --pipe FD ...`, started by the worker's face."""
+
+import logging
+import queue
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from common import base_model
+from common.config import option, parse
+from common.errors import FailedPrecondition, Internal, LoraplexError, to_proto
+from common.logs import set_up_logs
+from common.version import PROTOCOL_VERSION
+from common.wire import dtype_to_proto
+from gpu_worker.commands import Arrival
+from gpu_worker.config import EngineConfig, parse_bytes
+from gpu_worker.convert import to_usage
+from gpu_worker.engine import Engine, EngineLimits
+from gpu_worker.frames import encode, read_command
+from gpu_worker.host_tier import HostTier
+from gpu_worker.loader import Loader
+from gpu_worker.memory.geometry import PageGeometry
+from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.memory.pool import PagePool
+from gpu_worker.model_runner import ModelRunner
+from gpu_worker.models import load_model
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
+
+_log = logging.getLogger(__name__)
+Inbox = queue.SimpleQueue[Arrival | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineProcessConfig(EngineConfig):
+    """An engine; the worker's face starts it."""
+
+    pipe: int = option(help="file descriptor of the socket to the face")
+    log_level: str = option("info", help="lowest level that is logged")
+
+
+def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.EngineReady]:
+    """Loads the model, sizes the pool, and warms up.
+
+    Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
+    """
+    hf_config = base_model.read_config(config.model)
+    sizes = base_model.geometry(hf_config)
+    model = load_model(config.model, config.dtype, config.device)
+    element_bytes = torch.empty(0, dtype=model.dtype).element_size()
+    geometry = PageGeometry(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, element_bytes, config.page_size)
+    num_pages = parse_bytes(config.memory) // geometry.page_bytes
+    if num_pages < 2:
+        raise ValueError(
+            f"memory is {config.memory}; one page of {config.page_size} tokens takes {geometry.page_bytes} bytes "
+            "and at least two are needed"
+        )
+    memory = MemoryManager(geometry, num_pages)
+    pool = PagePool(geometry, num_pages, config.device)
+    eos = base_model.eos_token_ids(config.model, hf_config)
+    limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, eos)
+    host = HostTier(geometry, num_pages, sizes.module_shapes)
+    engine = Engine(ModelRunner(model, memory, pool, config.device), memory, Loader(pool, inbox.put), host, limits)
+    engine.warm_up()
+    dtype = dtype_to_proto(str(model.dtype).removeprefix("torch."))
+    return engine, engine_pb2.EngineReady(
+        model=_identity(config, sizes, eos, dtype),
+        capacity=scheduler_pb2.WorkerCapacity(
+            num_pages=num_pages,
+            page_bytes=geometry.page_bytes,
+            page_size=config.page_size,
+            max_step_tokens=config.max_step_tokens,
+            max_sequences=config.max_sequences,
+        ),
+        memory=to_usage(memory, 0),
+    )
+
+
+def _identity(
+    config: EngineConfig,
+    sizes: base_model.BaseGeometry,
+    eos_token_ids: tuple[int, ...],
+    dtype: "types_pb2.Dtype.ValueType",
+) -> types_pb2.ModelIdentity:
+    return types_pb2.ModelIdentity(
+        name=config.model_name or Path(config.model).resolve().name,
+        base_fingerprint=base_model.fingerprint(config.model),
+        tokenizer_digest=base_model.tokenizer_digest(base_model.tokenizer_files(config.model)),
+        geometry=types_pb2.ModelGeometry(
+            num_layers=sizes.num_layers,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=sizes.intermediate_size,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            vocab_size=sizes.vocab_size,
+            max_context_tokens=sizes.max_context_tokens,
+            dtype=dtype,
+        ),
+        eos_token_ids=eos_token_ids,
+        protocol_version=PROTOCOL_VERSION,
+    )
+
+
+def _read_commands(pipe: socket.socket, inbox: Inbox) -> None:
+    while (command := read_command(pipe)) is not None:
+        inbox.put(command)
+    inbox.put(None)
+
+
+def _arrivals(inbox: Inbox, *, wait: bool) -> list[Arrival] | None:
+    """Everything that has arrived, after waiting for the first if `wait`; None when the face says stop or is gone."""
+    arrivals: list[Arrival] = []
+    while wait or not inbox.empty():
+        arrival = inbox.get()
+        if arrival is None or (isinstance(arrival, engine_pb2.EngineCommand) and arrival.HasField("shutdown")):
+            return None
+        arrivals.append(arrival)
+        wait = False
+    return arrivals
+
+
+def serve(engine: Engine, pipe: socket.socket, inbox: Inbox) -> None:
+    """Steps until the face says stop or is gone."""
+    while (arrivals := _arrivals(inbox, wait=not engine.busy)) is not None:
+        for event in engine.step(arrivals):
+            pipe.sendall(encode(event))
+
+
+def main() -> None:
+    config = parse(EngineProcessConfig, "python -m gpu_worker.engine_main")
+    set_up_logs("engine", config.log_level)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    pipe = socket.socket(fileno=config.pipe)
+    inbox: Inbox = queue.SimpleQueue()
+    try:
+        engine, ready = build(config, inbox)
+    except (OSError, ValueError) as problem:
+        _fail(pipe, FailedPrecondition("ENGINE_CANNOT_START", str(problem)))
+    threading.Thread(target=_read_commands, args=(pipe, inbox), name="pipe-reader", daemon=True).start()
+    pipe.sendall(encode(engine_pb2.EngineEvent(ready=ready)))
+    try:
+        serve(engine, pipe, inbox)
+    except BrokenPipeError:
+        _log.info("the face is gone")
+    except Exception:
+        _log.exception("the engine failed")
+        _fail(pipe, Internal("ENGINE_FAILED", "the engine failed"))
+
+
+def _fail(pipe: socket.socket, error: LoraplexError) -> NoReturn:
+    pipe.sendall(encode(engine_pb2.EngineEvent(failed=engine_pb2.EngineFailed(error=to_proto(error)))))
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

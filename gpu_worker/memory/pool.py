@@ -1,0 +1,44 @@
+"""The one tensor: `[num_pages, page_bytes]` bytes on the device. KV and adapters are views of it."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_worker.memory.geometry import PageGeometry
+
+
+class PagePool:
+    """Storage of every page."""
+
+    def __init__(self, geometry: PageGeometry, num_pages: int, device: str) -> None:
+        self._geometry = geometry
+        # [num_pages, page_bytes]; a kernel never reads a slot that was not written
+        self.bytes = torch.empty((num_pages, geometry.page_bytes), dtype=torch.uint8, device=device)
+
+    def kv_pages(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]` over the same storage.
+
+        This is the one place that knows the order inside a page.
+        """
+        geometry = self._geometry
+        shape = (geometry.num_layers, 2, geometry.page_size, geometry.num_kv_heads, geometry.head_dim)
+        kv_bytes = geometry.page_size * geometry.kv_bytes_per_token
+        return self.bytes[:, :kv_bytes].view(dtype).view(-1, *shape)
+
+    def write(self, pages: list[int], data: npt.NDArray[np.uint8]) -> None:
+        """Copies a byte string into `pages`, each byte once; the tail of the last page is left as it is."""
+        page_bytes, source = self._geometry.page_bytes, torch.from_numpy(data)
+        for index, page in enumerate(pages):
+            part = source[index * page_bytes : (index + 1) * page_bytes]
+            self.bytes[page, : part.numel()].copy_(part)
+
+    def sha256(self, pages: list[int], num_bytes: int) -> str:
+        """sha256, hex, of the first `num_bytes` held by `pages`."""
+        digest, page_bytes = hashlib.sha256(), self._geometry.page_bytes
+        for index, page in enumerate(pages):
+            length = min(page_bytes, num_bytes - index * page_bytes)
+            part: npt.NDArray[np.uint8] = self.bytes[page, :length].cpu().numpy()
+            digest.update(part.data)
+        return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""The forward pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_worker.batch import ForwardBatch
+from gpu_worker.models.config import ModelConfig
+from gpu_worker.models.rope import cos_sin_table
+from gpu_worker.models.weights import DecoderWeights, LayerWeights, Projection
+from kernels.lora_expand import lora_expand
+from kernels.lora_shrink import lora_shrink
+from kernels.paged_attention import paged_attention
+from kernels.rms_norm import rms_norm
+from kernels.silu_and_mul import silu_and_mul
+from kernels.store_kv import store_kv
+
+# Module numbers of `kernels.adapters.AdapterTables`.
+QKV, OUTPUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
+
+
+class Decoder:
+    """A pre-norm transformer decoder with LoRA on every projection. Holds weights only; all state is in the batch."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights) -> None:
+        sizes = config.geometry
+        self.config = config
+        self.weights = weights
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        self._cos_sin = cos_sin_table(config.rope, sizes.head_dim, sizes.max_context_tokens, self.device)
+        self._scale = sizes.head_dim**-0.5
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits `[num_logits, vocab]` float32 of the batch's `logit_rows`; writes this step's keys and values."""
+        eps = self.config.rms_norm_eps
+        x = F.embedding(batch.token_ids, self.weights.embedding)
+        residual = None
+        for index, layer in enumerate(self.weights.layers):
+            x, residual = rms_norm(x, layer.input_norm, eps, residual)
+            x = self._attention(x, layer, index, batch)
+            x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
+            x = _mlp(x, layer, index, batch)
+        rows = batch.logit_rows
+        x, _ = rms_norm(x[rows], self.weights.final_norm, eps, None if residual is None else residual[rows])
+        return F.linear(x, self.weights.lm_head).to(torch.float32)
+
+    def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:
+        head_dim = self.config.geometry.head_dim
+        fused = _project(x, layer.qkv, QKV, index, batch)
+        parts = fused.split_with_sizes(layer.qkv.out_features, dim=1)
+        query, key, value = (part.view(len(x), -1, head_dim) for part in parts)
+        query = store_kv(query, key, value, self._cos_sin, batch.positions, batch.kv_pages, batch.slot_mapping, index)
+        mixed = paged_attention(
+            query, batch.kv_pages, batch.page_table, batch.query_start, batch.context_lens, index, self._scale
+        )
+        return _project(mixed.flatten(1), layer.o, OUTPUT, index, batch)
+
+
+def _mlp(x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:
+    gated = silu_and_mul(_project(x, layer.gate_up, GATE_UP, index, batch))
+    return _project(gated, layer.down, DOWN, index, batch)
+
+
+def _project(x: Tensor, projection: Projection, modules: tuple[int, ...], layer: int, batch: ForwardBatch) -> Tensor:
+    """`[num_tokens, sum(out_features)]`: one product for the whole batch, each token's adapter on top."""
+    out = F.linear(x, projection.weight, projection.bias)
+    adapters, segments = batch.adapters, batch.segments
+    if adapters is not None:
+        shrunk = lora_shrink(x, adapters, segments, layer, modules)
+        sizes = projection.in_features, projection.out_features
+        lora_expand(shrunk, adapters, segments, layer, modules, *sizes, out)
+    return out

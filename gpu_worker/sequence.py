@@ -1,0 +1,80 @@
+"""A request while a worker has it."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+
+class SequenceState(Enum):
+    """WAITING holds no pages; LOADING holds pages and waits for its adapter; RUNNING may be in the next step."""
+
+    WAITING = auto()
+    LOADING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Temperature 0 is greedy."""
+
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When an output ends. `stop_token_ids` includes the model's end-of-sequence ids unless they are ignored."""
+
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class Timings:
+    """Points on this process's monotonic clock, in seconds; 0 means not reached."""
+
+    offered: float = 0.0
+    admitted: float = 0.0
+    loaded: float = 0.0
+    first_token: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, progress and place in line of one attempt at one request."""
+
+    request_id: str
+    attempt: int
+    tenant: str
+    gateway_id: str
+    order_key: int
+    prompt_token_ids: list[int]
+    # Output tokens that an earlier attempt delivered, then those of this one.
+    output_token_ids: list[int]
+    num_delivered: int
+    sampling: SamplingParams
+    stopping: StoppingParams
+    # Empty for the base model.
+    adapter_version: str = ""
+    state: SequenceState = SequenceState.WAITING
+    # Tokens whose KV is in pages.
+    computed_tokens: int = 0
+    preemptions: int = 0
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def sequence_id(self) -> str:
+        """Unique in a worker: an old attempt and its successor may meet here."""
+        return f"{self.request_id}/{self.attempt}"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens `[start, end)` of prompt and output together."""
+        split = len(self.prompt_token_ids)
+        if start >= split:
+            return self.output_token_ids[start - split : end - split]
+        return self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - split)]

@@ -1,0 +1,16 @@
+"""lora_shrink: the narrow half of a LoRA product, x A^T, for every adapter of a batch."""
+
+from torch import Tensor
+
+from kernels.adapters import AdapterTables, Segments
+from kernels.lora_shrink.reference import lora_shrink_reference
+
+
+def lora_shrink(x: Tensor, adapters: AdapterTables, segments: Segments, layer: int, modules: tuple[int, ...]) -> Tensor:
+    """x A^T of each token with its own adapter, for modules that read the same input (q, k, v or gate, up).
+
+    x: `[num_tokens, in_features]`, floating. modules: numbers of `AdapterTables`, ascending.
+    Returns `[len(modules), num_tokens, max_lora_rank]` float32, summed in float32, not scaled; zero where a token has
+    no adapter, its adapter lacks the module, or beyond its rank.
+    """
+    return lora_shrink_reference(x, adapters, segments, layer, modules)

@@ -1,0 +1,30 @@
+"""paged_attention: causal attention over keys and values that lie in pages."""
+
+from torch import Tensor
+
+from kernels.paged_attention.reference import paged_attention_reference
+
+
+def paged_attention(
+    query: Tensor,
+    kv_pages: Tensor,
+    page_table: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Attention of each sequence's newest tokens over its whole context; decodes and prefill chunks may be mixed.
+
+    query: `[num_tokens, num_heads, head_dim]`, sequence by sequence.
+    kv_pages: `[num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]`, any strides, already holding this step's
+    tokens; query head h reads KV head h // (num_heads / num_kv_heads).
+    page_table: `[num_sequences, max_pages]` int32. query_start: `[num_sequences + 1]` int32.
+    context_lens: `[num_sequences]` int32, tokens including this step's. The query tokens are the last of the context.
+    sliding_window: a token sees itself and the sliding_window - 1 before it; 0 = all before it.
+    Returns `[num_tokens, num_heads, head_dim]` in the query's dtype, rounded once from float32.
+    """
+    return paged_attention_reference(
+        query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window
+    )

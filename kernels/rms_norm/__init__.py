@@ -1,0 +1,14 @@
+"""rms_norm: root-mean-square normalisation with the residual addition before it."""
+
+from torch import Tensor
+
+from kernels.rms_norm.reference import rms_norm_reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Adds the residual stream, then normalises, in the rounding order of transformers' LlamaRMSNorm.
+
+    x, residual: `[num_tokens, hidden]`, same dtype. weight: `[hidden]`, same dtype.
+    Returns (normed, x + residual), both `[num_tokens, hidden]` in x's dtype; without a residual the second is x.
+    """
+    return rms_norm_reference(x, weight, eps, residual)

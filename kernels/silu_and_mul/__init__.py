@@ -1,0 +1,14 @@
+"""silu_and_mul: the gate of the MLP."""
+
+from torch import Tensor
+
+from kernels.silu_and_mul.reference import silu_and_mul_reference
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up.
+
+    gate_up: `[num_tokens, 2 * intermediate]`, gate first. Returns `[num_tokens, intermediate]` in its dtype, rounded
+    after silu and after the product as transformers' LlamaMLP does.
+    """
+    return silu_and_mul_reference(gate_up)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.base_model import weight_files
@@ -55,16 +55,19 @@ def load_weights(
     """Reads all safetensors files of a checkpoint, casting to `dtype`.
 
     Raises ValueError naming the tensor (and the file) when one is missing, has another shape, is not a float32,
-    bfloat16 or float16 tensor, or belongs to nothing this decoder has; naming the shard when one is missing.
+    bfloat16 or float16 tensor, or belongs to nothing this decoder has; naming the file when it is missing or damaged.
     """
     files = weight_files(model_dir)
     allocator = _Allocator(dtype, device)
     weights = _allocate(config, allocator)
-    missing = dict(allocator.destinations)
+    missing = set(allocator.destinations)
     for path in files:
-        for name, tensor in _read(path, allocator.destinations, config.tied_embeddings):
-            allocator.destinations[name].copy_(tensor)
-            missing.pop(name, None)
+        try:
+            for name, tensor in _read(path, allocator.destinations, config.tied_embeddings):
+                allocator.destinations[name].copy_(tensor)
+                missing.discard(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if missing:
         raise ValueError(f"{model_dir} lacks {len(missing)} tensors of this model, first {min(missing)}")
     return weights

@@ -1,0 +1,131 @@
+"""The face of a worker: keeps an engine running and carries messages between it, the scheduler, gateways and store."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common import base_model
+from common.errors import LoraplexError
+from gpu_worker.config import WorkerConfig
+from gpu_worker.engine_process import EngineProcess, engine_lost
+from gpu_worker.fetcher import Fetcher
+from gpu_worker.gateway_streams import GatewayStreams
+from gpu_worker.metrics import WorkerMetrics
+from gpu_worker.step_log import StepLog
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
+
+_log = logging.getLogger(__name__)
+
+# An engine that dies at once, again and again, must not eat the machine.
+RESTART_SECONDS = 1.0
+
+
+class Face:
+    """One engine at a time, restarted when it dies; its streams then fail with UNAVAILABLE and nothing else does."""
+
+    def __init__(self, config: WorkerConfig, worker_id: str, metrics: WorkerMetrics) -> None:
+        self._config = config
+        self.worker_id = worker_id
+        self._metrics = metrics
+        self.streams = GatewayStreams(worker_id, self._gateway_lost)
+        self._fetcher = Fetcher(config.adapter_store, config.cache_dir, metrics, self.send)
+        self._step_log = StepLog(config.step_log)
+        self._tokenizer_files: dict[str, bytes] = {}
+        self._engine: EngineProcess | None = None
+        self.ready: engine_pb2.EngineReady | None = None
+        self.engine_gone = asyncio.Event()
+        # Set by the scheduler link.
+        self.on_report: Callable[[scheduler_pb2.StepReport], None] = lambda report: None
+        self.on_snapshot: Callable[[engine_pb2.EngineSnapshot], None] = lambda snapshot: None
+        self.on_engine_lost: Callable[[], None] = lambda: None
+
+    @property
+    def model(self) -> types_pb2.ModelIdentity:
+        if self.ready is None:
+            raise engine_lost()
+        return self.ready.model
+
+    async def start(self) -> None:
+        """Starts the first engine. Raises LoraplexError with its sentence when it cannot start."""
+        model_dir = Path(self._config.model)
+        self._tokenizer_files = await asyncio.to_thread(base_model.tokenizer_files, model_dir)
+        self._engine, self.ready = await EngineProcess.start(self._config)
+        _log.info("engine ready", extra={"pid": self._engine.pid, "pages": self.ready.capacity.num_pages})
+
+    async def run(self) -> None:
+        """Dispatches the engine's events; starts a new engine whenever one ends. Runs until cancelled."""
+        while True:
+            if self._engine is not None:
+                async for event in self._engine.events():
+                    self._dispatch(event)
+                await self._engine.stop()
+                self._lose_engine()
+            await asyncio.sleep(RESTART_SECONDS)
+            try:
+                self._engine, self.ready = await EngineProcess.start(self._config)
+                self.engine_gone.clear()
+                self._metrics.engine_restarted()
+                _log.warning("engine restarted", extra={"pid": self._engine.pid})
+            except LoraplexError as error:
+                _log.error("the engine cannot start: %s", error.message)
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await self._engine.stop()
+        await self._fetcher.close()
+        self._step_log.close()
+
+    def send(self, command: engine_pb2.EngineCommand) -> None:
+        """Hands a command to the engine; dropped while there is none, because everything it knew is gone."""
+        if self._engine is not None:
+            self._engine.send(command)
+
+    def send_scheduler_commands(self, batch: scheduler_pb2.CommandBatch) -> None:
+        """Commands of the scheduler; offered sequences belong to their gateway from here on."""
+        for command in batch.commands:
+            if command.HasField("offer"):
+                self.streams.own(command.offer.request.gateway_id, command.offer.request.key)
+        self.send(engine_pb2.EngineCommand(scheduler_commands=batch))
+
+    async def call_memory(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:
+        """Raises LoraplexError when refused or when there is no engine."""
+        if self._engine is None:
+            raise engine_lost()
+        return await self._engine.call_memory(command)
+
+    def welcome(self, known_tokenizer_digest: str) -> worker_pb2.AttachWelcome:
+        """What a gateway learns first; the tokenizer files only when it has others."""
+        welcome = worker_pb2.AttachWelcome(worker_id=self.worker_id, model=self.model)
+        if known_tokenizer_digest != self.model.tokenizer_digest:
+            for name, content in self._tokenizer_files.items():
+                welcome.tokenizer_files.add(name=name, content=content)
+        return welcome
+
+    def _dispatch(self, event: engine_pb2.EngineEvent) -> None:
+        if event.HasField("snapshot"):
+            self.on_snapshot(event.snapshot)
+        if not event.HasField("step"):
+            return
+        step = event.step
+        self.streams.deliver(step.step_number, step.tokens)
+        revoked = scheduler_pb2.REQUEST_STATE_REVOKED
+        self.streams.release(progress.key for progress in step.report.progress if progress.state == revoked)
+        for needed in step.adapters_needed:
+            self._fetcher.fetch(needed)
+        self._metrics.step(step, time.time())
+        if step.HasField("stats"):
+            self._step_log.write(step.step_number, step.stats)
+        self.on_report(step.report)
+
+    def _lose_engine(self) -> None:
+        _log.error("the engine process ended")
+        self._engine = None
+        self.ready = None
+        self.engine_gone.set()
+        self.streams.fail_all(engine_lost())
+        self.on_engine_lost()
+
+    def _gateway_lost(self, gateway_id: str) -> None:
+        self.send(engine_pb2.EngineCommand(gateway_lost=engine_pb2.GatewayLost(gateway_id=gateway_id)))

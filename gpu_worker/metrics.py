@@ -1,0 +1,109 @@
+"""A worker's figures, filled from the engine's step statistics. No adapter or tenant is a label."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
+
+# One bucket a value up to 16: small batches are read off exactly.
+_DISTINCT_BUCKETS = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+_FINISH_REASONS = {
+    types_pb2.FINISH_REASON_STOP: "stop",
+    types_pb2.FINISH_REASON_LENGTH: "length",
+    types_pb2.FINISH_REASON_ABORTED: "cancelled",
+    types_pb2.FINISH_REASON_ERROR: "error",
+}
+
+
+class WorkerMetrics:
+    """Everything /metrics of a worker shows beside the process's own figures."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        self._running = gauge("loraplex_worker_running_requests", "Sequences that hold pages")
+        self._waiting = gauge("loraplex_worker_waiting_requests", "Sequences in the local queue")
+        self._pages = gauge("loraplex_worker_pages", "Pages of the pool by what they hold", ("kind",))
+        self._kv_usage = gauge("loraplex_worker_kv_cache_usage_ratio", "Share of the pool that holds KV")
+        self._preemptions = counter("loraplex_worker_preemptions", "Sequences that gave their pages back")
+        self._tokens = counter("loraplex_worker_step_tokens", "Tokens computed", ("phase",))
+        self._finished = counter("loraplex_worker_finish", "Sequences that ended", ("reason",))
+        self._last_step = gauge("loraplex_worker_last_step_timestamp_seconds", "When the last step ended")
+        self._loads = counter("loraplex_adapter_loads", "Adapters copied to a tier", ("from_tier", "to_tier"))
+        self._evictions = counter("loraplex_adapter_evictions", "Adapters whose pages were taken", ("tier",))
+        self._failures = counter("loraplex_adapter_load_failures", "Adapters that did not arrive", ("reason",))
+        self._restarts = counter("loraplex_worker_engine_restarts", "Engine processes started after the first")
+        self._batch_size = Histogram(
+            "loraplex_worker_batch_size", "Sequences in a forward batch", buckets=_BATCH_BUCKETS, registry=registry
+        )
+        self._distinct = Histogram(
+            "loraplex_worker_batch_distinct_adapters",
+            "Distinct adapters in a forward batch; the base model counts as one",
+            buckets=_DISTINCT_BUCKETS,
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "loraplex_worker_step_seconds",
+            "Seconds of a step, without waiting",
+            ("phase",),
+            buckets=_STEP_BUCKETS,
+            registry=registry,
+        )
+        self._fetch_seconds = Histogram(
+            "loraplex_adapter_fetch_seconds",
+            "Seconds from asking the store to having the adapter in the host tier",
+            buckets=_LOAD_BUCKETS,
+            registry=registry,
+        )
+        self._seen_loads = 0
+        self._seen_evictions = 0
+
+    def step(self, result: engine_pb2.StepResult, now: float) -> None:
+        """Books one step; `now` is Unix time in seconds."""
+        report = result.report
+        self._running.set(report.running_sequences)
+        self._waiting.set(report.waiting_sequences)
+        self._memory(report.memory)
+        for progress in report.progress:
+            if reason := _FINISH_REASONS.get(progress.finish_reason):
+                self._finished.labels(reason).inc()
+        if result.HasField("stats"):
+            self._stats(result.stats)
+            self._last_step.set(now)
+
+    def fetched(self, seconds: float) -> None:
+        self._fetch_seconds.observe(seconds)
+        self._loads.labels("store", "host").inc()
+
+    def load_failed(self, reason: str) -> None:
+        self._failures.labels(reason.lower()).inc()
+
+    def engine_restarted(self) -> None:
+        self._restarts.inc()
+        self._seen_loads = self._seen_evictions = 0
+
+    def _memory(self, memory: scheduler_pb2.MemoryUsage) -> None:
+        for kind in ("free", "quarantined", "loading", "kv", "prefix", "adapter"):
+            self._pages.labels(kind).set(getattr(memory, f"{kind}_pages"))
+        self._kv_usage.set(memory.kv_pages / max(1, memory.total_pages))
+
+    def _stats(self, stats: engine_pb2.StepStats) -> None:
+        self._batch_size.observe(stats.sequences)
+        self._distinct.observe(stats.distinct_adapters)
+        self._preemptions.inc(stats.preemptions)
+        self._tokens.labels("prefill").inc(stats.prefill_tokens)
+        self._tokens.labels("decode").inc(stats.decode_tokens)
+        mixed = "mixed" if stats.prefill_tokens and stats.decode_tokens else ""
+        phase = mixed or ("prefill" if stats.prefill_tokens else "decode")
+        seconds = stats.schedule_seconds + stats.forward_seconds + stats.sample_seconds
+        self._step_seconds.labels(phase).observe(seconds)
+        self._loads.labels("host", "pages").inc(stats.adapter_loads - self._seen_loads)
+        self._evictions.labels("pages").inc(stats.adapter_evictions - self._seen_evictions)
+        self._seen_loads, self._seen_evictions = stats.adapter_loads, stats.adapter_evictions

@@ -106,10 +106,8 @@ class Fetcher:
                     file.write(message.chunk.data)
                     received += len(message.chunk.data)
             if digest.hexdigest() != layout.sha256:
-                message_text = (
-                    f"{received} of {layout.total_bytes} bytes came, and their sha256 is not the promised one"
-                )
-                raise DataLoss("ADAPTER_CORRUPT", message_text)
+                came = f"{received} of {layout.total_bytes} bytes"
+                raise DataLoss("ADAPTER_CORRUPT", f"{came} came, and their sha256 is not the promised one")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

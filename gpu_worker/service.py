@@ -53,7 +53,7 @@ async def serve(config: WorkerConfig) -> None:
 
 
 async def _follow_readiness(server: Server, face: Face, link: SchedulerLink) -> None:
-    """Ready once registered with an engine; the loss of the scheduler later stops no stream, that of the engine does."""
+    """Ready once registered; the later loss of the scheduler stops no stream, the loss of the engine does."""
     announced = False
     while True:
         await link.registered.wait()

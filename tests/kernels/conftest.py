@@ -1,0 +1,27 @@
+"""Fresh float memory is full of NaN while a kernel runs, so that an element nobody wrote fails loudly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20)

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from kernels.silu_and_mul import silu_and_mul
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("intermediate", [1, 63, 100], ids=lambda size: f"intermediate-{size}")
+@pytest.mark.parametrize("num_tokens", [1, 7, 33], ids=lambda count: f"{count}-tokens")
+def test_gates(num_tokens: int, intermediate: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    gate_up = (4 * torch.randn(num_tokens, 2 * intermediate, generator=generator)).to(dtype)
+    gate, up = gate_up[:, :intermediate].double(), gate_up[:, intermediate:].double()
+    values = gate / (1 + (-gate).exp()) * up
+    # The exponential (2 units), the sum and the division in float32, and two roundings to the dtype; float16 may lose
+    # half a subnormal step in silu, which the product with `up` multiplies.
+    relative = 4 * torch.finfo(torch.float32).eps + 2 * torch.finfo(dtype).eps
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    out = silu_and_mul(gate_up)
+    assert out.dtype == dtype
+    assert ((out - values).abs() <= relative * values.abs() + step * (1 + up.abs())).all()
+
+
+def test_gate_and_up_are_not_interchangeable() -> None:
+    assert silu_and_mul(torch.tensor([[1.0, 2.0]])) != silu_and_mul(torch.tensor([[2.0, 1.0]]))

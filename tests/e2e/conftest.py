@@ -1,0 +1,63 @@
+"""Real services on real sockets: a tiny model with adapters, and a fleet that serves them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraplex.fleet import Fleet
+from tests.e2e.support import running_fleet
+from tests.e2e.tiny_model import (
+    PARITY_ADAPTERS,
+    AdapterRecipe,
+    TinyModel,
+    greedy,
+    load_oracle,
+    save_adapter,
+    save_base,
+)
+
+# Found by trying seeds until every continuation below has a margin above MIN_MARGIN.
+BASE_SEED = 17
+MIN_MARGIN = 1e-3
+
+
+def prompt_for(index: int) -> list[int]:
+    """A prompt of its own length for each adapter: 20 to 60 tokens."""
+    return [1] + [3 + (37 * position + 11 * index) % 250 for position in range(20 + 5 * index)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    folder = tmp_path_factory.mktemp("tiny")
+    base = folder / "base"
+    save_base(base, BASE_SEED)
+    adapters, prompts, answers = {}, {"": prompt_for(8)}, {}
+    for index, (name, recipe) in enumerate(PARITY_ADAPTERS.items()):
+        adapters[name] = folder / name
+        prompts[name] = prompt_for(index)
+        save_adapter(base, adapters[name], recipe, seed=100 + index)
+    for name, prompt in prompts.items():
+        answers[name], margin = greedy(load_oracle(base, adapters.get(name)), prompt)
+        assert margin > MIN_MARGIN, f"the oracle is within {margin} of a tie on {name or 'the base'}"
+    return TinyModel(base, adapters, prompts, answers)
+
+
+@pytest.fixture(scope="session")
+def many_adapters(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """32 small adapters of ranks 1 to 4."""
+    folder = tmp_path_factory.mktemp("many")
+    adapters = {}
+    for index in range(32):
+        name = f"small-{index:02d}"
+        adapters[name] = folder / name
+        recipe = AdapterRecipe(1 + index % 4, 8, ("q_proj", "v_proj", "down_proj"))
+        save_adapter(tiny.base, adapters[name], recipe, seed=500 + index)
+    return adapters
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One worker that serves the tiny model with its eight adapters."""
+    with running_fleet(tiny.base, tmp_path_factory.mktemp("fleet"), tiny.adapters) as running:
+        yield running

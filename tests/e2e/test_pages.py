@@ -1,0 +1,87 @@
+"""Pages come back: after preemption, after a killed client, whatever happens."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+from loraplex import AsyncClient
+from loraplex.fleet import Fleet
+from tests.e2e.support import (
+    all_at_once,
+    assert_books_balance,
+    greedy_tokens,
+    memory_usage,
+    metric,
+    running_fleet,
+    until,
+)
+from tests.e2e.tiny_model import TinyModel
+
+# Streams for ever as far as a test is concerned, and says when it has started.
+CLIENT = """
+import sys
+from loraplex import Client
+for delta in Client(sys.argv[1]).stream([1, 40, 50, 60], "rank-8", temperature=0.0, max_tokens=500, ignore_eos=True):
+    print("token", flush=True)
+"""
+
+
+async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tiny: TinyModel, tmp_path: Path) -> None:
+    prompts = {name: tiny.prompts[name] for name in ("", "rank-1", "rank-3", "rank-8", "rank-16", "rank-24")}
+    # Outputs are expected to be short, so the scheduler offers more than the pool can hold to the end.
+    arguments = {"scheduler": ["--output-estimate-ratio", "0.05"], "gpu_worker": ["--memory", "1600KiB"]}
+    with running_fleet(tiny.base, tmp_path, tiny.adapters, **arguments) as fleet:
+        async with AsyncClient(fleet.gateway.address) as client:
+            answers = await all_at_once(client, prompts)
+        worker = fleet.workers[0]
+        assert metric(worker, "loraplex_worker_preemptions_total") > 0
+        assert assert_books_balance(worker).memory.kv_pages == 0
+    assert answers == {name: tiny.answers[name] for name in prompts}
+
+
+async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny: TinyModel, fleet: Fleet) -> None:
+    ended: list[str] = []
+
+    async def stream_to_the_end(client: AsyncClient, name: str, started: asyncio.Event) -> None:
+        options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
+        async for _ in client.stream(tiny.prompts[name], name, **options):
+            started.set()
+        ended.append(name)
+
+    async with AsyncClient(fleet.gateway.address) as client:
+        names = ["", "rank-1", "rank-64"]
+        events = [asyncio.Event() for _ in names]
+        running = [
+            asyncio.create_task(stream_to_the_end(client, name, event))
+            for name, event in zip(names, events, strict=True)
+        ]
+        await asyncio.gather(*(event.wait() for event in events))
+        async with aclosing(client.stream(tiny.prompts["rank-3"], "rank-3", temperature=0.0)) as newcomer:
+            await anext(newcomer)
+            assert ended == []
+        await asyncio.gather(*running)
+
+
+def test_killing_the_client_frees_its_pages(fleet: Fleet) -> None:
+    worker = fleet.workers[0]
+    command = [sys.executable, "-c", CLIENT, fleet.gateway.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "token\n"
+        assert memory_usage(worker).memory.kv_pages > 0
+        client.send_signal(signal.SIGKILL)
+    until(lambda: memory_usage(worker).memory.kv_pages == 0, "the killed client's pages are free")
+    assert_books_balance(worker)
+
+
+async def test_a_cancelled_stream_frees_its_pages_and_nobody_else_notices(tiny: TinyModel, fleet: Fleet) -> None:
+    async with AsyncClient(fleet.gateway.address) as client:
+        other = asyncio.create_task(greedy_tokens(client, "rank-16", tiny.prompts["rank-16"]))
+        async with aclosing(client.stream(tiny.prompts[""], "", max_tokens=400, ignore_eos=True)) as cancelled:
+            await anext(cancelled)
+        assert await other == tiny.answers["rank-16"]
+    worker = fleet.workers[0]
+    until(lambda: memory_usage(worker).memory.kv_pages == 0, "the cancelled stream's pages are free")

@@ -1,0 +1,96 @@
+"""The whole stack answers what transformers and peft answer, with every adapter in the same batches."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loraplex import AsyncClient
+from loraplex.fleet import Fleet
+from loraplex.metrics import DISTINCT_ADAPTERS, fetch_metrics, histogram_maximum
+from tests.e2e.support import all_at_once, running_fleet
+from tests.e2e.tiny_model import TinyModel
+
+
+def differing(answers: dict[str, list[int]], expected: dict[str, list[int]]) -> set[str]:
+    """Adapters whose greedy tokens are not the oracle's: the parity check itself."""
+    assert answers.keys() == expected.keys()
+    return {name for name in expected if answers[name] != expected[name]}
+
+
+async def ask(fleet: Fleet, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    async with AsyncClient(fleet.gateway.address) as client:
+        return await all_at_once(client, prompts)
+
+
+def test_the_oracles_answers_all_differ(tiny: TinyModel) -> None:
+    assert len({tuple(answer) for answer in tiny.answers.values()}) == len(tiny.answers) == 9
+
+
+async def test_eight_ranks_and_the_base_in_one_batch_answer_like_transformers_and_peft(
+    tiny: TinyModel, fleet: Fleet
+) -> None:
+    assert differing(await ask(fleet, tiny.prompts), tiny.answers) == set()
+    metrics = fetch_metrics(fleet.workers[0].metrics_address)
+    assert histogram_maximum(metrics, DISTINCT_ADAPTERS) >= 9
+
+
+async def test_control_two_swapped_digests_fail_parity(tiny: TinyModel, fleet: Fleet) -> None:
+    async with AsyncClient(fleet.gateway.address) as client:
+        await client.adapters.push("swapped-8", tiny.adapters["rank-16"])
+        await client.adapters.push("swapped-16", tiny.adapters["rank-8"])
+    swapped = {"swapped-8": "rank-8", "swapped-16": "rank-16"}
+    assert await parity_of(fleet, tiny, swapped) == {"rank-8", "rank-16"}
+
+
+async def test_control_one_dropped_module_fails_parity(tiny: TinyModel, fleet: Fleet, tmp_path: Path) -> None:
+    broken = copy_adapter(tiny.adapters["rank-64"], tmp_path)
+    weights = load_file(broken / "adapter_model.safetensors")
+    dropped = [name for name in weights if "layers.1.mlp.up_proj" in name]
+    assert len(dropped) == 2
+    save_file({name: tensor for name, tensor in weights.items() if name not in dropped}, weights_path(broken))
+    async with AsyncClient(fleet.gateway.address) as client:
+        await client.adapters.push("dropped", broken)
+    assert await parity_of(fleet, tiny, {"dropped": "rank-64"}) == {"rank-64"}
+
+
+async def test_control_ignored_scaling_fails_parity(tiny: TinyModel, fleet: Fleet, tmp_path: Path) -> None:
+    broken = copy_adapter(tiny.adapters["rank-16"], tmp_path)
+    config = json.loads((broken / "adapter_config.json").read_text())
+    assert config["lora_alpha"] != config["r"]
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["r"]}))
+    async with AsyncClient(fleet.gateway.address) as client:
+        await client.adapters.push("unscaled", broken)
+    assert await parity_of(fleet, tiny, {"unscaled": "rank-16"}) == {"rank-16"}
+
+
+async def test_control_lora_off_fails_parity_for_every_adapter(tiny: TinyModel, fleet: Fleet) -> None:
+    async with AsyncClient(fleet.gateway.address) as client:
+        answers = {name: await all_at_once(client, {"": tiny.prompts[name]}) for name in tiny.adapters}
+    expected = {name: tiny.answers[name] for name in tiny.adapters}
+    assert differing({name: answer[""] for name, answer in answers.items()}, expected) == set(tiny.adapters)
+
+
+async def parity_of(fleet: Fleet, tiny: TinyModel, stand_ins: dict[str, str]) -> set[str]:
+    """Runs the parity check with some adapters replaced by stand-ins; returns who fails it."""
+    names = {original: stand_in for stand_in, original in stand_ins.items()}
+    prompts = {names.get(name, name): prompt for name, prompt in tiny.prompts.items()}
+    answers = await ask(fleet, prompts)
+    return differing({stand_ins.get(name, name): answer for name, answer in answers.items()}, tiny.answers)
+
+
+def copy_adapter(source: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(source, folder / "broken"))
+
+
+def weights_path(folder: Path) -> Path:
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("max_step_tokens", [16, 17])
+async def test_chunked_prefill_changes_no_token(tiny: TinyModel, tmp_path: Path, max_step_tokens: int) -> None:
+    arguments = ["--max-step-tokens", str(max_step_tokens), "--max-sequences", "16"]
+    with running_fleet(tiny.base, tmp_path, tiny.adapters, gpu_worker=arguments) as fleet:
+        assert differing(await ask(fleet, tiny.prompts), tiny.answers) == set()

@@ -65,9 +65,9 @@ def assert_books_balance(worker: Service) -> memory_pb2.GetUsageResponse:
     """The conservation law of the pool, read from outside."""
     usage = memory_usage(worker)
     memory = usage.memory
-    kinds = (memory.free_pages, memory.quarantined_pages, memory.loading_pages)
-    kinds += (memory.kv_pages, memory.prefix_pages, memory.adapter_pages)
-    assert sum(kinds) == memory.total_pages
+    taken = memory.quarantined_pages + memory.loading_pages
+    taken += memory.kv_pages + memory.prefix_pages + memory.adapter_pages
+    assert memory.free_pages + taken == memory.total_pages
     return usage
 
 

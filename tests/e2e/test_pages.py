@@ -32,8 +32,8 @@ for delta in Client(sys.argv[1]).stream([1, 40, 50, 60], "rank-8", temperature=0
 async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tiny: TinyModel, tmp_path: Path) -> None:
     prompts = {name: tiny.prompts[name] for name in ("", "rank-1", "rank-3", "rank-8", "rank-16", "rank-24")}
     # Outputs are expected to be short, so the scheduler offers more than the pool can hold to the end.
-    arguments = {"scheduler": ["--output-estimate-ratio", "0.05"], "gpu_worker": ["--memory", "1600KiB"]}
-    with running_fleet(tiny.base, tmp_path, tiny.adapters, **arguments) as fleet:
+    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "1600KiB"]
+    with running_fleet(tiny.base, tmp_path, tiny.adapters, scheduler=over_admit, gpu_worker=few_pages) as fleet:
         async with AsyncClient(fleet.gateway.address) as client:
             answers = await all_at_once(client, prompts)
         worker = fleet.workers[0]
@@ -46,8 +46,8 @@ async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny
     ended: list[str] = []
 
     async def stream_to_the_end(client: AsyncClient, name: str, started: asyncio.Event) -> None:
-        options = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
-        async for _ in client.stream(tiny.prompts[name], name, **options):
+        prompt = tiny.prompts[name]
+        async for _ in client.stream(prompt, name, temperature=0.0, max_tokens=300, ignore_eos=True):
             started.set()
         ended.append(name)
 

@@ -73,6 +73,10 @@ class Engine:
             self.step([])
         self._commands.log.restart()
 
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the books of the pool do not balance; for idle moments."""
+        self._memory.check_integrity()
+
     def step(self, arrivals: Iterable[Arrival]) -> list[engine_pb2.EngineEvent]:
         """Applies what has arrived, runs one batch, and says what changed. Waits for nobody."""
         events = self._commands.apply(arrivals, self._step)
@@ -167,6 +171,4 @@ class Engine:
         report.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
         report.waiting_sequences = self._batcher.num_waiting
         report.running_sequences = self._batcher.num_running
-        if not self._batcher.num_running:
-            self._memory.check_integrity()
         return result

@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -129,6 +130,8 @@ def serve(engine: Engine, pipe: socket.socket, inbox: Inbox) -> None:
     while (arrivals := _arrivals(inbox, wait=not engine.busy)) is not None:
         for event in engine.step(arrivals):
             pipe.sendall(encode(event))
+        if not engine.busy:
+            engine.check_integrity()
 
 
 def main() -> None:
@@ -136,6 +139,8 @@ def main() -> None:
     set_up_logs("engine", config.log_level)
     if config.threads:
         torch.set_num_threads(config.threads)
+    # A Ctrl-C in the terminal is for the face, which finishes its streams first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = socket.socket(fileno=config.pipe)
     inbox: Inbox = queue.SimpleQueue()
     try:

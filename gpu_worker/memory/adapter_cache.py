@@ -98,7 +98,9 @@ class AdapterCache:
         self._adapters.move_to_end(adapter_version)
 
     def set_operator_pin(self, adapter_version: str, *, pinned: bool) -> None:
-        """Keeps an adapter in pages, or no longer. Raises KeyError when it is not resident."""
+        """Keeps an adapter in pages, or no longer. Raises KeyError when it is not resident, or not yet."""
+        if self._adapters[adapter_version].loading:
+            raise KeyError(adapter_version)
         self._adapters[adapter_version].operator_pinned = pinned
 
     def evictable(self) -> Iterator[ResidentAdapter]:

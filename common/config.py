@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _Config = TypeVar("_Config")
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def option(default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
@@ -52,15 +53,26 @@ def _add_flag(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) ->
     required = spec.default is MISSING
     if variable in os.environ:
         try:
-            default, required = value_type(os.environ[variable]), False
-        except ValueError:
-            parser.error(f"{variable}={os.environ[variable]!r} is not a valid {value_type.__name__}")
+            default, required = _from_text(os.environ[variable], value_type, spec.metadata["choices"]), False
+        except ValueError as error:
+            parser.error(f"{variable}={os.environ[variable]!r}: {error}")
     help_text = f"{spec.metadata['help']} [{variable}]"
     if value_type is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
         return
     choices = spec.metadata["choices"] or None
     parser.add_argument(flag, type=value_type, default=default, required=required, choices=choices, help=help_text)
+
+
+def _from_text(text: str, value_type: Any, choices: Sequence[str]) -> Any:
+    """The value of an environment variable; argparse checks only what comes from a flag."""
+    if value_type is bool:
+        if text.lower() not in _BOOLS:
+            raise ValueError(f"choose from {', '.join(_BOOLS)}")
+        return _BOOLS[text.lower()]
+    if choices and text not in choices:
+        raise ValueError(f"choose from {', '.join(choices)}")
+    return value_type(text)
 
 
 def _value_type(hint: Any) -> Any:

@@ -19,7 +19,7 @@ A message names the limit and the value, is written for a developer, and never h
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -27,6 +27,8 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from loraplex.v1 import types_pb2
+
+_Detail = TypeVar("_Detail", bound=Message)
 
 DOMAIN = "loraplex"
 # A status above 8 KB is at times replaced by RESOURCE_EXHAUSTED on its way; ours stays far below.
@@ -165,24 +167,32 @@ def from_proto(proto: types_pb2.RequestError) -> LoraplexError:
 
 
 def from_rpc_error(error: grpc.RpcError, *, peer: str) -> LoraplexError:
-    """A failed call to another of our services, with its reason kept. `peer` names that service in the message."""
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    """A failed call to another of our services. `peer` names that service in the messages written here.
+
+    What the peer said on purpose is kept: reason, message, metadata, retry hint. A broken connection is Unavailable;
+    anything else is Internal.
+    """
+    if not isinstance(error, grpc.aio.AioRpcError | grpc.Call):
+        return Internal("INTERNAL", f"the call to the {peer} failed")
+    code, status = error.code(), _rich_status(error)
+    error_class, info = BY_CODE.get(code.value[0], Internal), _detail(status, error_details_pb2.ErrorInfo())
+    if info is not None and info.domain == DOMAIN and error_class is not Internal:
+        retry = _detail(status, error_details_pb2.RetryInfo())
+        seconds = None if retry is None else retry.retry_delay.ToMilliseconds() / 1000
+        return error_class(info.reason, status.message, metadata=info.metadata, retry_after_seconds=seconds)
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         message = f"the {peer} does not answer"
         return Unavailable(f"{peer.upper().replace(' ', '_')}_UNAVAILABLE", message, retry_after_seconds=1.0)
-    error_class = BY_CODE.get(code.value[0], Internal)
-    if error_class is Internal:
-        return Internal("INTERNAL", f"the {peer} failed")
-    info = _error_info(error)
-    return error_class(info.reason or code.name, error.details() or "", metadata=info.metadata)
+    return Internal("INTERNAL", f"the {peer} failed")
 
 
-def _error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo:
-    info = error_details_pb2.ErrorInfo()
-    trailers: Any = error.trailing_metadata() or ()
-    for key, value in trailers:
-        if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            for detail in status_pb2.Status.FromString(value).details:
-                if detail.Unpack(info):
-                    return info
-    return info
+def _rich_status(error: Any) -> status_pb2.Status:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            return status_pb2.Status.FromString(value)
+    return status_pb2.Status()
+
+
+def _detail(status: status_pb2.Status, wanted: _Detail) -> _Detail | None:
+    """`wanted`, filled from the first detail of its type; None when there is none."""
+    return wanted if any(detail.Unpack(wanted) for detail in status.details) else None

@@ -5,9 +5,11 @@ No text of an unexpected exception reaches a caller, a request that does not par
 """
 
 import asyncio
+import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -43,9 +45,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return handler
@@ -116,8 +118,15 @@ def _guard_stream(inner: Any, method: str, request_id: str) -> Any:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         request_id_var.set(request_id)
         try:
-            async for response in inner(_prepared(request), context):
-                yield response
+            responses = inner(_prepared(request), context)
+            if inspect.isawaitable(responses):
+                # A handler of the other style: it writes to the context itself.
+                await responses
+                return
+            # Closed here and now: a generator left to the garbage collector runs its `finally` some time later.
+            async with aclosing(responses):
+                async for response in responses:
+                    yield response
         except BaseException as error:
             await _abort(error, method, request_id, context)
 

@@ -86,7 +86,7 @@ def pack(
     """Writes the byte string and returns it with the layout that carries its sha256.
 
     `weights[layer, module]` = (A `[lora_rank, in_features]`, B `[out_features, lora_rank]`), any element type of the
-    layout's width (bits are moved, never converted). Raises ValueError on a shape that differs from the layout.
+    layout's width (bits are moved, never converted). Raises ValueError on a shape or a width that differs from it.
     """
     data = np.zeros(layout.total_bytes, dtype=np.uint8)
     for module in layout.modules:
@@ -95,6 +95,8 @@ def pack(
         if a.shape != expected_a or b.shape != expected_b:
             name = f"layer {module.layer} {module.module}"
             raise ValueError(f"{name}: A {a.shape} and B {b.shape} where {expected_a} and {expected_b} belong")
+        if {a.itemsize, b.itemsize} != {ELEMENT_BYTES[layout.dtype]}:
+            raise ValueError(f"layer {module.layer} {module.module}: {a.dtype} and {b.dtype} are not {layout.dtype}")
         start = module.start_unit * UNIT_BYTES
         start = _write_rows(data, start, a, row_units(module.in_features, layout.dtype))
         _write_rows(data, start, b.T, row_units(module.out_features, layout.dtype))

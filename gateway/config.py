@@ -1,0 +1,20 @@
+"""Options of the gateway."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import ServiceConfig, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig(ServiceConfig):
+    """The door: checks requests, tokenises them, and streams the answers of the workers."""
+
+    scheduler: str = option(help="HOST:PORT of the scheduler")
+    adapter_store: str = option(help="HOST:PORT of the adapter store")
+    tokenizer: Path | None = option(None, help="folder with tokenizer.json; the workers send theirs when it is absent")
+    max_inflight_requests: int = option(4096, help="generate calls served at once; more are RESOURCE_EXHAUSTED")
+    max_message_bytes: int = option(4 * 1024 * 1024, help="largest message taken from a client")
+    scheduler_grace_seconds: float = option(
+        5.0, help="how long requests that no worker has yet outlive a lost scheduler before they fail"
+    )

@@ -1,0 +1,121 @@
+"""The gateway's life and wiring."""
+
+import asyncio
+import logging
+import uuid
+
+from common.base_model import tokenizer_files
+from common.channel import connect
+from common.server import Server, announce, until_signal
+from gateway.config import GatewayConfig
+from gateway.directory import AdapterDirectory
+from gateway.fleet import Fleet
+from gateway.generation import Generator
+from gateway.metrics import UNKNOWN_MODEL, GatewayMetrics
+from gateway.readiness import Readiness
+from gateway.requests import RequestTable
+from gateway.scheduler_link import SchedulerLink
+from gateway.servicer import GatewayServicer
+from gateway.store_proxy import AdapterStoreProxy
+from gateway.tokenization import TextTokenizer
+from gateway.worker_links import WorkerLinks
+from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Everything one gateway process holds."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Raises ValueError when the tokenizer folder cannot be used."""
+        self._config = config
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        tokenizer = None if config.tokenizer is None else TextTokenizer(tokenizer_files(config.tokenizer))
+        gateway_id = f"gateway-{uuid.uuid4().hex}"
+
+        self.server = Server(config, max_message_bytes=config.max_message_bytes)
+        self._metrics = GatewayMetrics(self.server.registry)
+        self._store_channel = connect(config.adapter_store)
+        self._fleet = Fleet(tokenizer)
+        self.table = RequestTable(self._metrics.duplicates.inc, self._metrics.gaps.inc)
+        on_change = self._changed.set
+        self._directory = AdapterDirectory(self._store_channel, on_change)
+        self._workers = WorkerLinks(gateway_id, self._fleet, self.table, on_change)
+        self._scheduler = SchedulerLink(
+            config.scheduler, gateway_id, self._workers, config.scheduler_grace_seconds, on_change
+        )
+        self._readiness = Readiness(self._scheduler, self._workers, self._directory)
+
+    async def start(self) -> None:
+        """Listens and begins to connect; `server.ready` says when work is taken. Raises OSError on a taken port."""
+        self._register()
+        services = (
+            gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"],
+            adapter_store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"],
+        )
+        await self.server.start(services)
+        self._tasks = [
+            asyncio.create_task(work)
+            for work in (self._scheduler.run(), self._directory.run(), self._follow_readiness())
+        ]
+
+    async def stop(self) -> None:
+        """Takes no new calls, lets those in flight end within the drain time, closes all streams."""
+        self._readiness.draining = True
+        await self.server.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._workers.stop()
+        await self._store_channel.close()
+
+    def _register(self) -> None:
+        generator = Generator(
+            table=self.table,
+            fleet=self._fleet,
+            directory=self._directory,
+            scheduler=self._scheduler,
+            workers=self._workers,
+            readiness=self._readiness,
+            metrics=self._metrics,
+            max_inflight_requests=self._config.max_inflight_requests,
+        )
+        servicer = GatewayServicer(
+            generator,
+            fleet=self._fleet,
+            directory=self._directory,
+            readiness=self._readiness,
+            metrics=self._metrics,
+        )
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, self.server.grpc)
+        proxy = AdapterStoreProxy(self._store_channel)
+        adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(proxy, self.server.grpc)
+
+    async def _follow_readiness(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._metrics.model = self._fleet.model.name if self._fleet.model is not None else UNKNOWN_MODEL
+            ready = self._readiness.ready
+            if ready != self.server.ready.is_set():
+                _log.info("ready" if ready else "not ready")
+                await self.server.set_ready(ready)
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Runs a gateway until a signal."""
+    gateway = Gateway(config)
+    await gateway.start()
+    greeting = asyncio.create_task(_greet(gateway.server))
+    try:
+        await until_signal()
+    finally:
+        greeting.cancel()
+        await gateway.stop()
+
+
+async def _greet(server: Server) -> None:
+    await server.ready.wait()
+    announce("gateway", grpc=server.address, metrics=server.metrics_address)

@@ -1,0 +1,114 @@
+"""AdapterStoreService for users: passed on to the store with the verified tenant in place of the one in the request."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from common.errors import LoraplexError, PermissionDenied, Unavailable, from_rpc_error
+from gateway.identity import tenant_of
+from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
+
+RETRY_SECONDS = 1.0
+# How long a refused upload may go on before the client is cut off.
+DISCARD_SECONDS = 5.0
+
+_Response = TypeVar("_Response")
+_UploadCall = grpc.aio.StreamUnaryCall[adapter_store_pb2.UploadAdapterRequest, adapter_store_pb2.UploadAdapterResponse]
+
+
+class AdapterStoreProxy(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
+    """The users' one door to the adapter store."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._store = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[adapter_store_pb2.UploadAdapterRequest], context: Any
+    ) -> adapter_store_pb2.UploadAdapterResponse:
+        call = self._store.UploadAdapter(timeout=context.time_remaining())
+        try:
+            await _forward(request_iterator, call, tenant_of(context))
+            return await _answer(call)
+        except LoraplexError:
+            await _discard(request_iterator)
+            raise
+        finally:
+            call.cancel()
+
+    async def GetAdapter(self, request: adapter_store_pb2.GetAdapterRequest, context: Any) -> adapter_store_pb2.Adapter:
+        request.tenant = tenant_of(context)
+        return await _answer(self._store.GetAdapter(request, timeout=context.time_remaining()))
+
+    async def ListAdapters(
+        self, request: adapter_store_pb2.ListAdaptersRequest, context: Any
+    ) -> adapter_store_pb2.ListAdaptersResponse:
+        request.tenant = tenant_of(context)
+        return await _answer(self._store.ListAdapters(request, timeout=context.time_remaining()))
+
+    async def DeleteAdapter(
+        self, request: adapter_store_pb2.DeleteAdapterRequest, context: Any
+    ) -> adapter_store_pb2.DeleteAdapterResponse:
+        request.tenant = tenant_of(context)
+        return await _answer(self._store.DeleteAdapter(request, timeout=context.time_remaining()))
+
+    async def SetAlias(self, request: adapter_store_pb2.SetAliasRequest, context: Any) -> adapter_store_pb2.Adapter:
+        request.tenant = tenant_of(context)
+        return await _answer(self._store.SetAlias(request, timeout=context.time_remaining()))
+
+    async def FetchWeights(
+        self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
+    ) -> AsyncIterator[adapter_store_pb2.FetchWeightsResponse]:
+        _refuse("FetchWeights")
+        yield adapter_store_pb2.FetchWeightsResponse()
+
+    async def WatchAdapters(
+        self, request: adapter_store_pb2.WatchAdaptersRequest, context: Any
+    ) -> AsyncIterator[adapter_store_pb2.WatchAdaptersResponse]:
+        _refuse("WatchAdapters")
+        yield adapter_store_pb2.WatchAdaptersResponse()
+
+
+async def _forward(
+    requests: AsyncIterator[adapter_store_pb2.UploadAdapterRequest], call: _UploadCall, tenant: str
+) -> None:
+    """One message at a time, so that the store's pace is the client's. Ends early when the store has answered.
+
+    Raises Unavailable when the stream to the store breaks.
+    """
+    async for request in requests:
+        if request.HasField("header"):
+            request.header.tenant = tenant
+        try:
+            await call.write(request)
+        except asyncio.InvalidStateError:
+            return
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INTERNAL and not error.trailing_metadata():
+                # Not the store's word but grpc's own, for a message that could not be sent.
+                message = "the stream to the adapter store broke"
+                raise Unavailable("ADAPTER_STORE_UNAVAILABLE", message, retry_after_seconds=RETRY_SECONDS) from None
+            return
+    await call.done_writing()
+
+
+async def _discard(requests: AsyncIterator[adapter_store_pb2.UploadAdapterRequest]) -> None:
+    """Reads what the client is still sending: a client whose message cannot be sent may not see the status."""
+    with contextlib.suppress(TimeoutError, LoraplexError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for _ in requests:
+                pass
+
+
+async def _answer(call: Awaitable[_Response]) -> _Response:
+    """Raises the store's error as ours."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, peer="adapter store") from None
+
+
+def _refuse(method: str) -> NoReturn:
+    raise PermissionDenied("INTERNAL_METHOD", f"{method} is for the services behind the gateway, not for users")

@@ -1,0 +1,1 @@
+"""The adapter store: durable truth about adapters. Blobs on disk by digest, metadata in a registry."""

@@ -1,0 +1,128 @@
+"""What PEFT saves arrives at a worker bit for bit, and scaled as PEFT scales it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from common.packing import unpack
+from common.wire import layout_from_proto
+from loraplex.v1 import types_pb2
+from tests.adapter_store.fakes import Fetched, StoreClient
+from tests.adapter_store.peft_adapters import PeftAdapter, make_adapter, make_base, rename_tensors
+
+ELEMENTS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
+
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    # PEFT asks this of transformers.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture
+def client(shared_client: StoreClient) -> StoreClient:
+    return shared_client
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return make_base()
+
+
+def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """numpy has no bfloat16."""
+    result: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return result
+
+
+def group_of(module: str) -> str:
+    return "self_attn" if module[0] in "qkvo" else "mlp"
+
+
+def assert_same_tensors(fetched: Fetched, adapter: PeftAdapter, inner: str = "model.") -> None:
+    """Every tensor of the adapter is in the packed string, and nothing else."""
+    element = ELEMENTS[next(iter(adapter.tensors.values())).dtype]
+    unpacked = unpack(layout_from_proto(fetched.layout), fetched.data, element)
+    assert 2 * len(unpacked) == len(adapter.tensors)
+    for (layer, module), parts in unpacked.items():
+        for part, got in zip("AB", parts, strict=True):
+            name = f"base_model.model.{inner}layers.{layer}.{group_of(module)}.{module}.lora_{part}.weight"
+            np.testing.assert_array_equal(got, bits(adapter.tensors[name]))
+
+
+def assert_same_scaling(fetched: Fetched, adapter: PeftAdapter, inner: str = "model.") -> None:
+    modules = layout_from_proto(fetched.layout).modules
+    got = {f"{inner}layers.{m.layer}.{group_of(m.module)}.{m.module}": m.scaling for m in modules}
+    # The wire carries scaling as float32.
+    assert got == {name: float(np.float32(scaling)) for name, scaling in adapter.scaling.items()}
+
+
+PATTERNS = {"rank_pattern": {"k_proj": 1, "mlp.up_proj": 9, "^model.layers.1.self_attn.q_proj": 2}} | {
+    "alpha_pattern": {"layers.0.self_attn.v_proj": 3, "v_proj": 40, "down_proj": 5}
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param({"r": 8, "lora_alpha": 16}, torch.float32, id="float32"),
+        pytest.param({"r": 8, "lora_alpha": 16}, torch.float16, id="float16"),
+        pytest.param({"r": 8, "lora_alpha": 16}, torch.bfloat16, id="bfloat16"),
+        pytest.param({"r": 1, "task_type": "CAUSAL_LM"}, torch.float32, id="rank-1"),
+        pytest.param({"r": 128, "target_modules": ["o_proj"]}, torch.float32, id="rank-128"),
+        pytest.param({"r": 24, "lora_alpha": 7, "use_rslora": True}, torch.float32, id="rslora"),
+        pytest.param({"r": 4, **PATTERNS}, torch.float32, id="patterns"),
+        pytest.param({"r": 4, "use_rslora": True, **PATTERNS}, torch.bfloat16, id="rslora-patterns"),
+        pytest.param({"r": 3, "target_modules": ["q_proj", "up_proj"]}, torch.float32, id="two-modules"),
+        pytest.param({"r": 3, "target_modules": "all-linear"}, torch.float32, id="all-linear"),
+        pytest.param({"r": 3, "target_modules": r".*\.1\..*(q|v)_proj"}, torch.float32, id="target-regex"),
+        pytest.param({"r": 3, "layers_to_transform": [1]}, torch.float32, id="one-layer"),
+        pytest.param({"r": 3, "exclude_modules": ["k_proj", "gate_proj"]}, torch.float32, id="exclude"),
+    ],
+)
+# PEFT warns of use_rslora beside patterns, although it does what it says.
+@pytest.mark.filterwarnings("ignore:.*use_rslora.*")
+async def test_an_adapter_of_peft_arrives_as_it_was(
+    client: StoreClient, base: Any, tmp_path: Path, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", dtype=dtype, **options)
+    response = await client.upload("a", adapter.files)
+    fetched = await client.fetch(response.adapter.adapter_version)
+    assert not response.warnings
+    assert_same_tensors(fetched, adapter)
+    assert_same_scaling(fetched, adapter)
+    norm = math.sqrt(sum(effect.delta_norm**2 for effect in response.adapter.modules))
+    # The same float64 products, summed in another order.
+    assert norm == pytest.approx(math.sqrt(sum(norm**2 for norm in adapter.delta_norm.values())), rel=1e-10)
+
+
+async def test_names_with_default_are_the_same_adapter(client: StoreClient, base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", r=3)
+    files = rename_tensors(tmp_path / "adapter", ".weight", ".default.weight")
+    fetched = await client.fetch((await client.upload("a", files)).adapter.adapter_version)
+    assert_same_tensors(fetched, adapter)
+
+
+async def test_an_adapter_of_the_model_without_its_head_fits(client: StoreClient, base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base.model, tmp_path / "adapter", r=3, alpha_pattern={"^layers.0.self_attn.q_proj": 2})
+    fetched = await client.fetch((await client.upload("a", adapter.files)).adapter.adapter_version)
+    assert_same_tensors(fetched, adapter, inner="")
+    assert_same_scaling(fetched, adapter, inner="")
+
+
+async def test_the_ranks_of_a_pattern_are_told(client: StoreClient, base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", r=4, rank_pattern={"layers.1.self_attn.q_proj": 9})
+    answer = (await client.upload("a", adapter.files)).adapter
+    effect = next(effect for effect in answer.modules if effect.module == types_pb2.LORA_MODULE_Q_PROJ)
+    assert (effect.num_layers, effect.min_lora_rank, effect.max_lora_rank, answer.max_lora_rank) == (2, 4, 9, 9)
+
+
+async def test_what_peft_leaves_untrained_is_a_warning(client: StoreClient, base: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", r=4, init_lora_weights=True)
+    assert "all zero" in (await client.upload("a", adapter.files)).warnings[0]

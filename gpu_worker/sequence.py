@@ -15,10 +15,28 @@ class SequenceState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. Temperature 0 is greedy."""
+    """How the next token is drawn. Temperature 0 is greedy; 0, 1.0 or None switch the rest off."""
 
     temperature: float
     seed: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    # (token id, bias), by token id
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Alternatives to report with each generated token; None reports nothing, not even the token itself.
+    logprobs: int | None = None
+    # The same for each prompt token.
+    prompt_logprobs: int | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Logits change before temperature."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,8 +108,7 @@ class MemoryManager:
         self._allocator.check_integrity(self._owned())
 
     def _owned(self) -> Iterator[tuple[PageKind, list[int]]]:
-        for table in self.kv.tables():
-            yield PageKind.KV, list(table)
+        yield PageKind.KV, list(self.kv.owned_pages())
         for adapter in self.adapters:
             yield (PageKind.LOADING if adapter.loading else PageKind.ADAPTER), adapter.pages
 

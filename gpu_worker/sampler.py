@@ -1,8 +1,8 @@
 """The next token, as a pure function of (logits, params, tokens so far, seed, position).
 
 The order is that of transformers' logits processors: repetition penalty, presence and frequency penalties, stop tokens
-of an output that is too short, biases, temperature, top-k, top-p, min-p; then one draw. No row looks at another: the same request draws the same tokens alone
-or in a crowd.
+of an output that is too short, biases, temperature, top-k, top-p, min-p; then one draw. No row looks at another: the
+same request draws the same tokens alone or in a crowd.
 """
 
 from collections import Counter
@@ -12,17 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_worker.sequence import SamplingParams, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position under the model itself, before anything below is applied."""
-
-    token_id: int
-    logprob: float
-    # (token id, log-probability), the most likely first
-    top: tuple[tuple[int, float], ...]
+from gpu_worker.sequence import SamplingParams, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,9 +58,19 @@ class Timings:
     first_token: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position under the model itself, before penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    # (token id, log-probability), the most likely first
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens, progress and place in line of one attempt at one request."""
+    """Tokens, progress and place in line of one output of one attempt at a request."""
 
     request_id: str
     attempt: int
@@ -75,6 +85,11 @@ class Sequence:
     stopping: StoppingParams
     # Empty for the base model.
     adapter_version: str = ""
+    output_index: int = 0
+    # All outputs of the attempt by index, this one included. Output 0 computes the prompt that the others share.
+    outputs: "list[Sequence]" = field(default_factory=list)
+    # Of the prompt tokens from the second on, as far as computed; in output 0 only.
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     # Tokens whose KV is in pages.
     computed_tokens: int = 0
@@ -82,9 +97,23 @@ class Sequence:
     timings: Timings = field(default_factory=Timings)
 
     @property
-    def sequence_id(self) -> str:
+    def attempt_id(self) -> str:
         """Unique in a worker: an old attempt and its successor may meet here."""
         return f"{self.request_id}/{self.attempt}"
+
+    @property
+    def sequence_id(self) -> str:
+        return f"{self.attempt_id}/{self.output_index}"
+
+    @property
+    def finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some are still missing."""
+        asked = self.sampling.prompt_logprobs is not None and self.output_index == 0
+        return asked and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
 
     @property
     def num_tokens(self) -> int:

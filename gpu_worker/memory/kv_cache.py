@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from gpu_worker.memory.allocator import PageAllocator, PageKind
+from gpu_worker.memory.allocator import IntegrityError, PageAllocator, PageKind
 from gpu_worker.memory.geometry import PageGeometry
 
 
@@ -40,6 +40,13 @@ class KVCache:
             self._shared[page] = max(2, self._shared[page] + 1)
         self._tables[sequence_id] = list(pages)
         return len(pages) * self._geometry.page_size
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when a page is in more tables than it is shared by."""
+        holders = Counter(page for table in self._tables.values() for page in table)
+        for page, count in holders.items():
+            if count != self._shared.get(page, 1):
+                raise IntegrityError(f"page {page} is in {count} tables, {self._shared.get(page, 1)} are booked")
 
     def missing_pages(self, sequence_id: str, num_tokens: int) -> int:
         """Pages still needed to hold `num_tokens` of the sequence."""

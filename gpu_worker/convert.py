@@ -24,7 +24,7 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[
     stopping = StoppingParams(request.stopping.max_tokens, request.stopping.min_tokens, frozenset(stops))
     prompt, outputs = list(request.prompt_token_ids), list[Sequence]()
     for index in range(max(1, request.output.n)):
-        sequence = Sequence(
+        Sequence(
             request_id=request.key.request_id,
             attempt=request.key.attempt,
             tenant=request.key.tenant,
@@ -39,7 +39,6 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[
             output_index=index,
             outputs=outputs,
         )
-        outputs.append(sequence)
     return outputs
 
 

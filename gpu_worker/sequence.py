@@ -86,7 +86,7 @@ class Sequence:
     # Empty for the base model.
     adapter_version: str = ""
     output_index: int = 0
-    # All outputs of the attempt by index, this one included. Output 0 computes the prompt that the others share.
+    # All outputs of the attempt by index; a new one joins. Output 0 computes the prompt that the others share.
     outputs: "list[Sequence]" = field(default_factory=list)
     # Of the prompt tokens from the second on, as far as computed; in output 0 only.
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -95,6 +95,9 @@ class Sequence:
     computed_tokens: int = 0
     preemptions: int = 0
     timings: Timings = field(default_factory=Timings)
+
+    def __post_init__(self) -> None:
+        self.outputs.append(self)
 
     @property
     def attempt_id(self) -> str:

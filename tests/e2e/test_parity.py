@@ -11,13 +11,7 @@ from loraplex import AsyncClient
 from loraplex.fleet import Fleet
 from loraplex.metrics import DISTINCT_ADAPTERS, fetch_metrics, histogram_maximum
 from tests.e2e.support import all_at_once, running_fleet
-from tests.e2e.tiny_model import NUM_TOKENS, TinyModel
-
-
-def differing(answers: dict[str, list[int]], expected: dict[str, list[int]]) -> set[str]:
-    """Adapters whose greedy tokens are not the oracle's: the parity check itself."""
-    assert answers.keys() == expected.keys()
-    return {name for name in expected if answers[name] != expected[name]}
+from tests.e2e.tiny_model import NUM_TOKENS, TinyModel, differing
 
 
 async def ask(fleet: Fleet, prompts: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -127,10 +127,10 @@ class FakeScheduler(_Peer):
         assert request.HasField("submit"), request
         return request.submit.request
 
-    async def aborted(self) -> types_pb2.RequestKey:
+    async def aborted(self) -> scheduler_pb2.Abort:
         request = await self.received.get()
         assert request.HasField("abort"), request
-        return request.abort.key
+        return request.abort
 
     async def place(self, key: types_pb2.RequestKey, worker_id: str = "w0") -> None:
         await self.say(placed=scheduler_pb2.Placed(key=key, worker_id=worker_id))
@@ -147,7 +147,7 @@ class FakeWorker(_Peer):
         self.worker_id = worker_id
         self.model = identity()
         self.hellos: asyncio.Queue[worker_pb2.AttachHello] = asyncio.Queue()
-        self.aborts: asyncio.Queue[types_pb2.RequestKey] = asyncio.Queue()
+        self.aborts: asyncio.Queue[scheduler_pb2.Abort] = asyncio.Queue()
         self._context: Any = None
 
     @property
@@ -165,7 +165,7 @@ class FakeWorker(_Peer):
         await context.write(worker_pb2.AttachResponse(welcome=welcome))
         self.hellos.put_nowait(hello)
         async for request in request_iterator:
-            self.aborts.put_nowait(request.abort.key)
+            self.aborts.put_nowait(request.abort)
 
     async def say(self, *sequences: worker_pb2.SequenceTokens) -> None:
         batch = worker_pb2.TokenBatch(worker_id=self.worker_id, sequences=sequences)

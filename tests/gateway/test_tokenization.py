@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 
 from gateway.answers import AnswerWriter, merge
 from gateway.requests import Delta, OutputDelta
-from gateway.tokenization import LONG_TEXT_CHARACTERS, REPLACEMENT, Detokenizer, TextTokenizer
+from gateway.detokenizer import REPLACEMENT, Detokenizer
+from gateway.tokenization import LONG_TEXT_CHARACTERS, TextTokenizer
 from loraplex.v1 import types_pb2
 from tests.gateway.fakes import VOCAB_SIZE, byte_tokenizer_files, token_ids
 

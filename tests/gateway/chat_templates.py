@@ -92,7 +92,7 @@ QWEN_3 = """\
 {%- for message in messages[::-1] %}
     {%- set index = (messages|length - 1) - loop.index0 %}
     {%- if ns.multi_step_tool and message.role == "user" and message.content is string
-        and not(message.content.startswith('<tool_response>') 
+        and not(message.content.startswith('<tool_response>')
         and message.content.endswith('</tool_response>')) %}
         {%- set ns.multi_step_tool = false %}
         {%- set ns.last_query_index = index %}

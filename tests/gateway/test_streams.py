@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from loraplex.v1 import gateway_pb2, types_pb2
+from loraplex.v1 import gateway_pb2, scheduler_pb2, types_pb2
 from tests.gateway.conftest import Fleet, StartFleet, ask, failure, read_all, reason_of, retry_seconds_of
 from tests.gateway.fakes import VERSION, token_ids, tokens
 
@@ -140,8 +140,8 @@ async def test_a_cancelled_call_is_aborted_everywhere(fleet: Fleet, method: str)
     key = await fleet.running()
     await fleet.worker.say(tokens(key, 0, token_ids("a")))
     call.cancel()
-    assert (await fleet.worker.aborts.get()).key == key
-    assert (await fleet.scheduler.aborted()).key == key
+    for abort in (await fleet.worker.aborts.get(), await fleet.scheduler.aborted()):
+        assert (abort.key, abort.cause) == (key, scheduler_pb2.ABORT_CAUSE_CANCELLED)
     assert len(fleet.gateway.table) == 0
 
 
@@ -166,8 +166,16 @@ async def test_a_passed_deadline_is_aborted_everywhere(fleet: Fleet) -> None:
     call = fleet.api.GenerateStream(ask(), timeout=0.2)
     key = await fleet.running()
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert (await fleet.worker.aborts.get()).key == key
-    assert (await fleet.scheduler.aborted()).key == key
+    for abort in (await fleet.worker.aborts.get(), await fleet.scheduler.aborted()):
+        assert (abort.key, abort.cause) == (key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_aborted_at_the_scheduler(fleet: Fleet) -> None:
+    call = fleet.api.Generate(ask(), timeout=0.2)
+    spec = await fleet.scheduler.submitted()
+    assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    abort = await fleet.scheduler.aborted()
+    assert (abort.key, abort.cause) == (spec.key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
 
 
 async def test_an_id_in_flight_is_refused(fleet: Fleet) -> None:

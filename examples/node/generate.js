@@ -18,6 +18,7 @@ const definition = protoLoader.loadSync('loraplex/v1/gateway.proto', {
   keepCase: true, // adapter_id, not adapterId
   longs: String, // a seed has 64 bits
   enums: String,
+  defaults: true, // '' for a text that is empty
 });
 const { GatewayService } = grpc.loadPackageDefinition(definition).loraplex.v1;
 

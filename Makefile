@@ -10,9 +10,10 @@ INSTALLED := .venv/.installed
 STUBS := loraplex/v1/types_pb2.py
 BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
+NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test tools release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients tools release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,13 @@ check: install stubs tools ## Lint, types, import rules, protos
 
 test: install stubs ## Run the tests on two processes; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(ARGS)
+
+test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
+	$(BIN)/python -m examples.other_clients $(BUF)
+
+$(NODE_EXAMPLE): examples/node/package.json
+	npm install --prefix examples/node --no-package-lock --no-audit --no-fund
+	touch $@
 
 tools: $(BUF) ## Install buf into ./tools (needs npm)
 

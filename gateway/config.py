@@ -18,3 +18,9 @@ class GatewayConfig(ServiceConfig):
     scheduler_grace_seconds: float = option(
         5.0, help="how long requests that no worker has yet outlive a lost scheduler before they fail"
     )
+    max_buffered_bytes: int = option(
+        1024 * 1024, help="what one request may hold for a client that does not read; more ends the request"
+    )
+    write_stall_seconds: float = option(
+        30.0, help="how long a client may leave a message unread before its request ends"
+    )

@@ -6,17 +6,19 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from common.errors import ResourceExhausted
+from gateway import deadlines
 from gateway.answers import AnswerWriter
 from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
+from gateway.prompts import Prompt, context_of, echo_of, read_prompt
 from gateway.readiness import Readiness
-from gateway.requests import InFlight, RequestTable
+from gateway.requests import Delta, InFlight, RequestTable
 from gateway.scheduler_link import SchedulerLink
 from gateway.tokenization import TextTokenizer
-from gateway.validation import GenerateSpec, check_token_ids, fit_context, validate
+from gateway.validation import GenerateSpec, check_adapter, check_token_ids, fit_context, prompt_of, validate
 from gateway.worker_links import WorkerLinks
-from loraplex.v1 import adapter_store_pb2, gateway_pb2, types_pb2
+from loraplex.v1 import adapter_store_pb2, gateway_pb2, scheduler_pb2, types_pb2
 
 RETRY_SECONDS = 1.0
 
@@ -30,51 +32,73 @@ class Caller:
     remaining_seconds: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """Who has to hear about a request, and where it is counted."""
+
+    table: RequestTable
+    scheduler: SchedulerLink
+    workers: WorkerLinks
+    metrics: GatewayMetrics
+
+
 class Generation:
     """One request in flight. `close()` must be called, and frees it everywhere if it has not ended."""
 
-    def __init__(
-        self,
-        in_flight: InFlight,
-        answers: AnswerWriter,
-        started: float,
-        *,
-        table: RequestTable,
-        scheduler: SchedulerLink,
-        workers: WorkerLinks,
-        metrics: GatewayMetrics,
-    ) -> None:
-        self._in_flight = in_flight
+    def __init__(self, in_flight: InFlight, answers: AnswerWriter, started: float, peers: Peers) -> None:
+        self.in_flight = in_flight
         self._answers = answers
+        self._started = started
         self._last_news = started
-        self._table = table
-        self._scheduler = scheduler
-        self._workers = workers
-        self._metrics = metrics
+        self._peers = peers
 
     async def answers(self) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """Deltas as they come; raises the request's error. While the reader is busy deltas grow instead of queueing."""
-        first, ended = True, False
-        while not ended:
-            await self._in_flight.wait()
-            delta = self._in_flight.take()
-            ended = delta.usage is not None
-            if delta.num_tokens:
-                now = time.monotonic()
-                tenant = self._in_flight.key.tenant
-                self._metrics.tokens(tenant, delta.num_tokens, now - self._last_news, first=first)
-                first, self._last_news = False, now
-            if (response := self._answers.write(delta)) is not None:
+        while not self._answers.ended:
+            await self.in_flight.wait()
+            delta = self.in_flight.take()
+            self._count(delta)
+            response = self._answers.write(delta)
+            self._end_stopped()
+            if response is not None:
                 yield response
 
-    def close(self) -> None:
-        """Idempotent."""
-        in_flight = self._in_flight
-        if not self._table.remove(in_flight) or in_flight.ended_remotely:
+    def close(self, cause: "scheduler_pb2.AbortCause.ValueType | None" = None) -> None:
+        """Idempotent. Without a cause the client is gone, or its time is up."""
+        in_flight = self.in_flight
+        if not self._peers.table.remove(in_flight) or in_flight.ended_remotely:
             return
+        abort = scheduler_pb2.Abort(key=in_flight.key, cause=self._cause() if cause is None else cause)
         if in_flight.worker_id:
-            self._workers.abort(in_flight.key, in_flight.worker_id)
-        self._scheduler.abort(in_flight.key)
+            self._peers.workers.abort(abort, in_flight.worker_id)
+        self._peers.scheduler.abort(abort)
+
+    def _count(self, delta: Delta) -> None:
+        if delta.num_tokens:
+            now, tenant = time.monotonic(), self.in_flight.key.tenant
+            first = self._last_news == self._started
+            self._peers.metrics.tokens(tenant, delta.num_tokens, now - self._last_news, first=first)
+            self._last_news = now
+
+    def _end_stopped(self) -> None:
+        """Tells the worker which outputs a stop string has ended; the scheduler hears it from the worker."""
+        in_flight = self.in_flight
+        if stopped := in_flight.end(self._answers.stopped):
+            abort = scheduler_pb2.Abort(key=in_flight.key, output_indexes=stopped, cause=scheduler_pb2.ABORT_CAUSE_STOP)
+            told = self._peers.workers.abort(abort, in_flight.worker_id)
+            in_flight.ended_remotely = told and in_flight.complete
+
+    def _cause(self) -> "scheduler_pb2.AbortCause.ValueType":
+        in_flight = self.in_flight
+        if in_flight.error is not None:
+            return scheduler_pb2.ABORT_CAUSE_UNSPECIFIED
+        if in_flight.complete:
+            return scheduler_pb2.ABORT_CAUSE_STOP
+        if in_flight.deadline is not None:
+            remaining = in_flight.deadline - time.monotonic()
+            if deadlines.has_passed(remaining, in_flight.deadline - self._started):
+                return scheduler_pb2.ABORT_CAUSE_DEADLINE
+        return scheduler_pb2.ABORT_CAUSE_CANCELLED
 
 
 class Generator:
@@ -83,23 +107,19 @@ class Generator:
     def __init__(
         self,
         *,
-        table: RequestTable,
         fleet: Fleet,
         directory: AdapterDirectory,
-        scheduler: SchedulerLink,
-        workers: WorkerLinks,
         readiness: Readiness,
-        metrics: GatewayMetrics,
+        peers: Peers,
         max_inflight_requests: int,
+        max_buffered_bytes: int,
     ) -> None:
-        self._table = table
         self._fleet = fleet
         self._directory = directory
-        self._scheduler = scheduler
-        self._workers = workers
         self._readiness = readiness
-        self._metrics = metrics
+        self._peers = peers
         self._max_inflight_requests = max_inflight_requests
+        self._max_buffered_bytes = max_buffered_bytes
 
     async def start(self, request: gateway_pb2.GenerateRequest, caller: Caller) -> Generation:
         """Submits the request. Raises whatever is wrong with it, or Unavailable when nobody can run it now."""
@@ -108,35 +128,34 @@ class Generator:
         self._check_room()
         tokenizer = self.tokenizer
         spec = validate(request, self._fleet.limits)
-        prompt = await self._prompt_ids(spec, tokenizer)
         adapter = await self.resolve(caller.tenant, spec.adapter_id, spec.adapter_version)
+        prompt = await read_prompt(spec.prompt, tokenizer, adapter.chat_template)
+        self._check_prompt(spec, prompt)
         # The worker may have been lost meanwhile.
         self._readiness.check()
-        request_spec = self._request_spec(spec, prompt, adapter, caller)
+        request_spec = self._request_spec(spec, prompt.token_ids, adapter, caller)
         deadline = None if caller.remaining_seconds is None else started + caller.remaining_seconds
-        in_flight = InFlight(request_spec, deadline)
-        self._table.add(in_flight)
-        generation = Generation(
-            in_flight,
-            AnswerWriter(request_spec, tokenizer),
-            started,
-            table=self._table,
-            scheduler=self._scheduler,
-            workers=self._workers,
-            metrics=self._metrics,
-        )
+        in_flight = InFlight(request_spec, deadline, max_buffered_bytes=self._max_buffered_bytes)
+        echo = echo_of(prompt, tokenizer) if spec.output.echo else ""
+        answers = AnswerWriter(request_spec, tokenizer, context=context_of(prompt), echo=echo)
+        self._peers.table.add(in_flight)
+        generation = Generation(in_flight, answers, started, self._peers)
         try:
-            self._scheduler.submit(in_flight)
+            self._peers.scheduler.submit(in_flight)
         except BaseException:
             generation.close()
             raise
-        self._metrics.submitted(caller.tenant, len(prompt))
+        self._peers.metrics.submitted(caller.tenant, len(prompt.token_ids))
         return generation
 
-    async def tokenize(self, text: str) -> list[int]:
+    async def tokenize(self, request: gateway_pb2.TokenizeRequest, tenant: str) -> list[int]:
         """Raises Unavailable before the tokenizer is known."""
+        check_adapter(request.adapter_id)
         self._readiness.check()
-        return await self.tokenizer.encode(text)
+        tokenizer = self.tokenizer
+        spec = prompt_of(request, self._fleet.limits)
+        adapter = await self.resolve(tenant, request.adapter_id)
+        return (await read_prompt(spec, tokenizer, adapter.chat_template)).token_ids
 
     async def resolve(self, tenant: str, adapter_id: str, adapter_version: str = "") -> adapter_store_pb2.Adapter:
         """The adapter; one without id or bytes for the base model. Raises NotFound or Unavailable."""
@@ -151,25 +170,22 @@ class Generator:
         return self._fleet.tokenizer
 
     def _check_room(self) -> None:
-        if len(self._table) >= self._max_inflight_requests:
+        if len(self._peers.table) >= self._max_inflight_requests:
             limit = self._max_inflight_requests
             message = f"{limit} requests are in flight at this gateway; that is its limit"
             raise ResourceExhausted("TOO_MANY_REQUESTS", message, retry_after_seconds=RETRY_SECONDS)
 
-    async def _prompt_ids(self, spec: GenerateSpec, tokenizer: TextTokenizer) -> list[int]:
-        limits = self._fleet.limits
-        ids = list(spec.token_ids) if spec.text is None else await tokenizer.encode(spec.text)
-        fit_context(spec.stopping, len(ids), limits)
-        if spec.text is not None:
-            check_token_ids(ids, limits, "text")
-        return ids
+    def _check_prompt(self, spec: GenerateSpec, prompt: Prompt) -> None:
+        fit_context(spec.stopping, len(prompt.token_ids), self._fleet.limits)
+        if prompt.text is not None:
+            check_token_ids(prompt.token_ids, self._fleet.limits, "text")
 
     def _request_spec(
         self, spec: GenerateSpec, prompt: list[int], adapter: adapter_store_pb2.Adapter, caller: Caller
     ) -> types_pb2.RequestSpec:
         request = types_pb2.RequestSpec(
             key=types_pb2.RequestKey(request_id=caller.request_id, attempt=0, tenant=caller.tenant),
-            gateway_id=self._workers.gateway_id,
+            gateway_id=self._peers.workers.gateway_id,
             adapter_id=adapter.adapter_id,
             adapter_version=adapter.adapter_version,
             adapter_bytes=adapter.packed_bytes,

@@ -10,6 +10,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from common.errors import LoraplexError
+from gateway import deadlines
 
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 960)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
@@ -65,17 +66,20 @@ class GatewayMetrics:
         self.duplicates = Counter(
             name("duplicate_tokens_dropped_total"), "Tokens that a worker sent twice", registry=registry
         )
+        self.slow_clients = Counter(
+            name("slow_client_aborts_total"), "Requests ended because their client did not read", registry=registry
+        )
         self.gaps = Counter(name("token_gaps_total"), "Requests failed for missing tokens", registry=registry)
 
     @contextmanager
     def call(self, method: str, context: Any) -> Iterator[None]:
         """Counts one call by how it ends."""
-        started, code = time.monotonic(), "OK"
+        started, code, timeout = time.monotonic(), "OK", context.time_remaining()
         self._inflight.labels(method).inc()
         try:
             yield
         except BaseException as error:
-            code = _code_of(error, context)
+            code = _code_of(error, context.time_remaining(), timeout)
             raise
         finally:
             outcome = _OUTCOMES.get(code, "client_error")
@@ -96,11 +100,10 @@ class GatewayMetrics:
             self._inter_token.labels(self.model).observe(seconds / num_tokens)
 
 
-def _code_of(error: BaseException, context: Any) -> str:
+def _code_of(error: BaseException, remaining_seconds: float | None, timeout_seconds: float | None) -> str:
     if isinstance(error, LoraplexError):
         return error.code.name
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        remaining = context.time_remaining()
-        expired = remaining is not None and remaining <= 0
+        expired = deadlines.has_passed(remaining_seconds, timeout_seconds)
         return grpc.StatusCode.DEADLINE_EXCEEDED.name if expired else grpc.StatusCode.CANCELLED.name
     return grpc.StatusCode.INTERNAL.name

@@ -5,7 +5,8 @@ gets fewer and larger deltas and slows nobody.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from common.errors import AlreadyExists, Internal, LoraplexError, from_proto
@@ -35,10 +36,11 @@ class OutputDelta:
 
 @dataclass(slots=True)
 class Delta:
-    """What a request gained since the last take. `usage` is there on the last one."""
+    """What a request gained since the last take, and the cost as far as the worker has told it."""
 
     outputs: list[OutputDelta]
     usage: types_pb2.Usage | None = None
+    prompt_logprobs: list[types_pb2.PositionLogprobs] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -48,10 +50,14 @@ class Delta:
 class InFlight:
     """One request: its spec, its current attempt, and what waits to be taken."""
 
-    def __init__(self, spec: types_pb2.RequestSpec, deadline: float | None = None) -> None:
-        """`deadline` is on the monotonic clock, in seconds."""
+    def __init__(
+        self, spec: types_pb2.RequestSpec, deadline: float | None = None, *, max_buffered_bytes: float = math.inf
+    ) -> None:
+        """`deadline` is on the monotonic clock, in seconds. `max_buffered_bytes` bounds what waits to be taken."""
         self.spec = spec
         self.deadline = deadline
+        # Called when more waits than allowed: whoever should take is busy with a client that does not read.
+        self.on_overflow: Callable[[], None] | None = None
         # The worker that has the current attempt, once known.
         self.worker_id = ""
         self.error: LoraplexError | None = None
@@ -60,6 +66,10 @@ class InFlight:
         self._outputs = [OutputDelta(index, token_offset=0) for index in range(max(1, spec.output.n))]
         self._finished: set[int] = set()
         self._usage: types_pb2.Usage | None = None
+        # Of the prompt; None once they were taken.
+        self._prompt_logprobs: list[types_pb2.PositionLogprobs] | None = []
+        self._max_buffered_bytes = max_buffered_bytes
+        self._buffered_bytes = 0
         self._news = asyncio.Event()
 
     @property
@@ -75,25 +85,28 @@ class InFlight:
         """Nothing will change any more."""
         return self.error is not None or len(self._finished) == len(self._outputs)
 
-    @property
-    def has_tokens(self) -> bool:
-        """Tokens wait to be taken."""
-        return any(output.token_ids for output in self._outputs)
-
     async def wait(self) -> None:
         """Returns once something changed since the last wait."""
         await self._news.wait()
         self._news.clear()
 
     def take(self) -> Delta:
-        """Everything since the last take; usage comes with the last. Raises the request's error."""
+        """Everything since the last take. Raises the request's error."""
         if self.error is not None:
             raise self.error
-        complete = self.complete
         taken = [output for output in self._outputs if output.token_ids or output.finished]
         for output in taken:
             self._outputs[output.index] = OutputDelta(output.index, output.next_offset)
-        return Delta(taken, self._final_usage() if complete else None)
+        self._buffered_bytes = 0
+        delta = Delta(taken, self._usage, self._prompt_logprobs or [])
+        self._prompt_logprobs = None if self._prompt_logprobs is None or delta.prompt_logprobs else []
+        return delta
+
+    def end(self, indexes: Iterable[int]) -> list[int]:
+        """These outputs are complete for the client; returns those of which the worker does not know it."""
+        unknown = [index for index in indexes if index not in self._finished]
+        self._finished.update(unknown)
+        return unknown
 
     def fail(self, error: LoraplexError) -> None:
         """The first error stays."""
@@ -108,31 +121,32 @@ class InFlight:
         """
         if sequence.output_index >= len(self._outputs):
             raise _broken("UNKNOWN_OUTPUT", self.request_id)
+        if sequence.HasField("usage"):
+            self._usage = sequence.usage
         output = self._outputs[sequence.output_index]
+        if output.index in self._finished:
+            return 0
         known = output.next_offset - sequence.token_offset
         if known < 0:
             raise _broken("TOKEN_GAP", self.request_id)
         duplicates = min(known, len(sequence.token_ids))
-        if output.index in self._finished:
-            return duplicates
         output.token_ids.extend(sequence.token_ids[duplicates:])
         output.logprobs.extend(sequence.logprobs[duplicates:])
+        if self._prompt_logprobs is not None and sequence.prompt_logprobs:
+            # One message of a request has them, so they need no other bound than the length of the prompt.
+            self._prompt_logprobs = list(sequence.prompt_logprobs)
+        else:
+            self._buffered_bytes += sequence.ByteSize()
         if sequence.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED:
             self._finished.add(output.index)
             output.finish_reason = sequence.finish_reason
             if sequence.HasField("matched_stop_token_id"):
                 output.matched_stop_token_id = sequence.matched_stop_token_id
-        if sequence.HasField("usage"):
-            self._usage = sequence.usage
         self.ended_remotely = self.complete
         self._news.set()
+        if self._buffered_bytes > self._max_buffered_bytes and self.on_overflow is not None:
+            self.on_overflow()
         return duplicates
-
-    def _final_usage(self) -> types_pb2.Usage:
-        if self._usage is not None:
-            return self._usage
-        generated = sum(output.token_offset for output in self._outputs)
-        return types_pb2.Usage(prompt_tokens=len(self.spec.prompt_token_ids), completion_tokens=generated)
 
 
 def _broken(reason: str, request_id: str) -> Internal:

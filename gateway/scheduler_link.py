@@ -11,7 +11,7 @@ from common.version import PROTOCOL_VERSION
 from gateway.link import Link
 from gateway.requests import InFlight
 from gateway.worker_links import WorkerLinks
-from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc, types_pb2
+from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 RETRY_SECONDS = 1.0
 
@@ -41,9 +41,9 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
         if not (self._welcomed and self._submit(in_flight)):
             raise _unavailable()
 
-    def abort(self, key: types_pb2.RequestKey) -> None:
+    def abort(self, abort: scheduler_pb2.Abort) -> None:
         """Without a stream there is nothing to say: the scheduler forgets a gateway it has lost."""
-        self.send(scheduler_pb2.ConnectRequest(abort=scheduler_pb2.Abort(key=key)))
+        self.send(scheduler_pb2.ConnectRequest(abort=abort))
 
     def _submit(self, in_flight: InFlight) -> bool:
         if in_flight.deadline is not None:

@@ -8,9 +8,10 @@ from common.base_model import tokenizer_files
 from common.channel import connect
 from common.server import Server, announce, until_signal
 from gateway.config import GatewayConfig
+from gateway.delivery import DeliveryLimits
 from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
-from gateway.generation import Generator
+from gateway.generation import Generator, Peers
 from gateway.metrics import UNKNOWN_MODEL, GatewayMetrics
 from gateway.readiness import Readiness
 from gateway.requests import RequestTable
@@ -72,15 +73,14 @@ class Gateway:
         await self._store_channel.close()
 
     def _register(self) -> None:
+        peers = Peers(table=self.table, scheduler=self._scheduler, workers=self._workers, metrics=self._metrics)
         generator = Generator(
-            table=self.table,
             fleet=self._fleet,
             directory=self._directory,
-            scheduler=self._scheduler,
-            workers=self._workers,
             readiness=self._readiness,
-            metrics=self._metrics,
+            peers=peers,
             max_inflight_requests=self._config.max_inflight_requests,
+            max_buffered_bytes=self._config.max_buffered_bytes,
         )
         servicer = GatewayServicer(
             generator,
@@ -88,6 +88,7 @@ class Gateway:
             directory=self._directory,
             readiness=self._readiness,
             metrics=self._metrics,
+            limits=DeliveryLimits(self._config.write_stall_seconds, self._config.max_message_bytes),
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, self.server.grpc)
         proxy = AdapterStoreProxy(self._store_channel)

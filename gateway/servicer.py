@@ -1,20 +1,19 @@
 """GatewayService: check, call, map, return."""
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from common.errors import InvalidArgument
 from common.logs import request_id_var
 from gateway.answers import merge
+from gateway.delivery import DeliveryLimits, SlowReader, check_size, deliver
 from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.generation import Caller, Generation, Generator
 from gateway.identity import tenant_of
 from gateway.metrics import GatewayMetrics
 from gateway.readiness import Readiness
-from gateway.validation import check_adapter, check_text, not_implemented, page_size_of
-from loraplex.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+from gateway.validation import page_size_of
+from loraplex.v1 import gateway_pb2, gateway_pb2_grpc, scheduler_pb2, types_pb2
 
 # In front of the last id of a page, so that the token after the base model, which has no id, is not empty.
 _PAGE_PREFIX = "after:"
@@ -31,41 +30,40 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         directory: AdapterDirectory,
         readiness: Readiness,
         metrics: GatewayMetrics,
+        limits: DeliveryLimits,
     ) -> None:
         self._generator = generator
         self._fleet = fleet
         self._directory = directory
         self._readiness = readiness
         self._metrics = metrics
+        self._limits = limits
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Any) -> gateway_pb2.GenerateResponse:
         with self._metrics.call("Generate", context):
             generation = await self._start(request, context)
             try:
-                return merge([answer async for answer in generation.answers()])
+                whole = merge([answer async for answer in generation.answers()])
+                check_size(whole, self._limits.max_message_bytes)
+                return whole
             finally:
                 generation.close()
 
-    async def GenerateStream(
-        self, request: gateway_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    async def GenerateStream(self, request: gateway_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # writes to the context, which can be given up
         with self._metrics.call("GenerateStream", context):
             generation = await self._start(request, context)
             try:
-                async with aclosing(generation.answers()) as answers:
-                    async for answer in answers:
-                        yield answer
+                await deliver(generation.answers(), context.write, generation.in_flight, self._limits)
+            except SlowReader:
+                self._metrics.slow_clients.inc()
+                generation.close(scheduler_pb2.ABORT_CAUSE_SLOW_READER)
+                raise
             finally:
                 generation.close()
 
     async def Tokenize(self, request: gateway_pb2.TokenizeRequest, context: Any) -> gateway_pb2.TokenizeResponse:
         with self._metrics.call("Tokenize", context):
-            check_adapter(request.adapter_id)
-            if request.HasField("chat"):
-                raise not_implemented("chat")
-            check_text(request.text)
-            ids = await self._generator.tokenize(request.text)
-            await self._generator.resolve(tenant_of(context), request.adapter_id)
+            ids = await self._generator.tokenize(request, tenant_of(context))
             return gateway_pb2.TokenizeResponse(token_ids=types_pb2.TokenIds(ids=ids))
 
     async def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Any) -> gateway_pb2.ListModelsResponse:

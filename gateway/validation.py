@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.errors import InvalidArgument, Unimplemented
+from common.errors import InvalidArgument
+from gateway.prompts import PromptSpec
 from loraplex.v1 import gateway_pb2, types_pb2
 
 MAX_TEMPERATURE = 10.0
@@ -17,6 +18,8 @@ MAX_OUTPUTS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MAX_CHAT_MESSAGES = 4096
+MAX_ROLE_CHARACTERS = 64
 DEFAULT_MAX_TOKENS = 128
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
@@ -35,12 +38,11 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class GenerateSpec:
-    """A request whose every field is in range, defaults filled in. Either `text` or `token_ids` is the prompt."""
+    """A request whose every field is in range, defaults filled in."""
 
     adapter_id: str
     adapter_version: str
-    text: str | None
-    token_ids: tuple[int, ...]
+    prompt: PromptSpec
     # Without a seed when the client gave none.
     sampling: types_pb2.SamplingParams
     # Without max_tokens when the client gave none: see `fit_context`.
@@ -50,21 +52,17 @@ class GenerateSpec:
 
 
 def validate(request: gateway_pb2.GenerateRequest, limits: ModelLimits) -> GenerateSpec:
-    """Raises InvalidArgument naming field, limit and value, or Unimplemented for what a later release will do."""
+    """Raises InvalidArgument naming field, limit and value."""
     check_adapter(request.adapter_id, request.adapter_version)
-    text, token_ids = _prompt(request, limits)
-    spec = GenerateSpec(
+    return GenerateSpec(
         adapter_id=request.adapter_id,
         adapter_version=request.adapter_version,
-        text=text,
-        token_ids=token_ids,
+        prompt=prompt_of(request, limits),
         sampling=_sampling(request.sampling, limits),
         stopping=_stopping(request.stopping, limits),
         output=_output(request.output),
         scheduling=_scheduling(request.scheduling),
     )
-    _refuse_later_features(spec)
-    return spec
 
 
 def check_adapter(adapter_id: str, adapter_version: str = "") -> None:
@@ -119,26 +117,34 @@ def page_size_of(page_size: int) -> int:
     return page_size or DEFAULT_PAGE_SIZE
 
 
-def _prompt(request: gateway_pb2.GenerateRequest, limits: ModelLimits) -> tuple[str | None, tuple[int, ...]]:
-    match request.WhichOneof("prompt"):
-        case "text":
-            check_text(request.text)
-            return request.text, ()
-        case "token_ids":
-            ids = request.token_ids.ids
-            # Before every id is looked at: the context bounds that work.
-            if len(ids) <= limits.max_context_tokens:
-                check_token_ids(ids, limits, "token_ids.ids")
-            return None, tuple(ids)
-        case "chat":
-            raise not_implemented("chat")
-    raise _invalid("prompt", "no prompt is given: set text or token_ids", reason="EMPTY_PROMPT")
+def prompt_of(request: gateway_pb2.GenerateRequest | gateway_pb2.TokenizeRequest, limits: ModelLimits) -> PromptSpec:
+    """Raises InvalidArgument when there is none, or one that cannot be tokenised."""
+    if request.HasField("text"):
+        if not request.text:
+            raise _invalid("text", "the prompt is empty: at least 1 character is needed", reason="EMPTY_PROMPT")
+        _check_no_nul("text", request.text)
+        return PromptSpec(text=request.text)
+    if request.HasField("chat"):
+        return PromptSpec(chat=_messages(request.chat))
+    if isinstance(request, gateway_pb2.GenerateRequest) and request.HasField("token_ids"):
+        ids = request.token_ids.ids
+        # Before every id is looked at: the context bounds that work.
+        if len(ids) <= limits.max_context_tokens:
+            check_token_ids(ids, limits, "token_ids.ids")
+        return PromptSpec(token_ids=tuple(ids))
+    raise _invalid("prompt", "no prompt is given: set one of its fields", reason="EMPTY_PROMPT")
 
 
-def check_text(text: str) -> None:
-    """Raises InvalidArgument when it is empty."""
-    if not text:
-        raise _invalid("text", "the prompt is empty: at least 1 character is needed", reason="EMPTY_PROMPT")
+def _messages(chat: types_pb2.ChatPrompt) -> tuple[types_pb2.ChatMessage, ...]:
+    if not chat.messages:
+        raise _invalid("chat", "the prompt is empty: at least 1 message is needed", reason="EMPTY_PROMPT")
+    _check_count("chat.messages", len(chat.messages), MAX_CHAT_MESSAGES, "messages")
+    for position, message in enumerate(chat.messages):
+        field = f"chat.messages[{position}]"
+        _check_integer(f"{field}.role", len(message.role), 1, MAX_ROLE_CHARACTERS, unit="characters")
+        _check_no_nul(f"{field}.role", message.role)
+        _check_no_nul(f"{field}.content", message.content)
+    return tuple(chat.messages)
 
 
 def _sampling(given: types_pb2.SamplingParams, limits: ModelLimits) -> types_pb2.SamplingParams:
@@ -169,6 +175,7 @@ def _stopping(given: types_pb2.StoppingParams, limits: ModelLimits) -> types_pb2
     _check_count("stopping.stop", len(given.stop), MAX_STOP_STRINGS, "strings")
     for stop in given.stop:
         _check_integer("stopping.stop", len(stop), 1, MAX_STOP_CHARACTERS, unit="characters")
+        _check_no_nul("stopping.stop", stop)
     check_token_ids(given.stop_token_ids, limits, "stopping.stop_token_ids")
     stopping = types_pb2.StoppingParams()
     stopping.CopyFrom(given)
@@ -194,31 +201,6 @@ def _scheduling(given: types_pb2.SchedulingParams) -> types_pb2.SchedulingParams
     return scheduling
 
 
-def _refuse_later_features(spec: GenerateSpec) -> None:
-    sampling, output = spec.sampling, spec.output
-    asked = {
-        "sampling.top_p": sampling.top_p != 1.0,
-        "sampling.top_k": sampling.top_k != 0,
-        "sampling.min_p": sampling.min_p != 0.0,
-        "sampling.presence_penalty": sampling.presence_penalty != 0.0,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0.0,
-        "sampling.repetition_penalty": sampling.repetition_penalty != 1.0,
-        "sampling.logit_bias": bool(sampling.logit_bias),
-        "stopping.stop": bool(spec.stopping.stop),
-        "output.n": output.n > 1,
-        "output.logprobs": output.HasField("logprobs"),
-        "output.prompt_logprobs": output.HasField("prompt_logprobs"),
-        "output.echo": output.echo,
-    }
-    for field, wanted in asked.items():
-        if wanted:
-            raise not_implemented(field)
-
-
-def not_implemented(field: str) -> Unimplemented:
-    return Unimplemented("NOT_IMPLEMENTED", f"{field} is not implemented yet; leave it out", field=field)
-
-
 def _check_number(field: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     if math.isfinite(value) and (low < value if above_low else low <= value) and value <= high:
         return
@@ -235,6 +217,11 @@ def _check_integer(field: str, value: int, low: int, high: int, *, unit: str = "
 def _check_count(field: str, count: int, limit: int, unit: str) -> None:
     if count > limit:
         raise _invalid(field, f"{field} must have at most {limit} {unit}; it has {count}")
+
+
+def _check_no_nul(field: str, text: str) -> None:
+    if (position := text.find("\0")) >= 0:
+        raise _invalid(field, f"{field} must have no NUL character; it has one at position {position}")
 
 
 def _shown(text: str) -> str:

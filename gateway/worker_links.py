@@ -55,10 +55,10 @@ class WorkerLinks:
         if not any(link.usable for link in self._links_to(worker_id)):
             self.table.fail_placed(worker_id, _worker_lost)
 
-    def abort(self, key: types_pb2.RequestKey, worker_id: str) -> None:
-        """Tells the worker to free what the attempt holds; without a stream the worker does so by itself."""
-        for link in self._links_to(worker_id):
-            link.send(worker_pb2.AttachRequest(abort=scheduler_pb2.Abort(key=key)))
+    def abort(self, abort: scheduler_pb2.Abort, worker_id: str) -> bool:
+        """Tells the worker to free what the outputs hold; False without a stream, which makes it do so by itself."""
+        told = [link.send(worker_pb2.AttachRequest(abort=abort)) for link in self._links_to(worker_id)]
+        return any(told)
 
     def lost(self, link: "WorkerLink") -> None:
         """Fails what the worker was doing for this gateway, unless it has moved to another address."""

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from loraplex.aio import AsyncClient
     from loraplex.client import Client
     from loraplex.errors import LoraplexError
+    from loraplex.retries import RetryPolicy
 
-__all__ = ["AsyncClient", "Client", "LoraplexError"]
+__all__ = ["AsyncClient", "Client", "LoraplexError", "RetryPolicy"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from loraplex.errors import LoraplexError
 
         return LoraplexError
+    if name == "RetryPolicy":
+        from loraplex.retries import RetryPolicy
+
+        return RetryPolicy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

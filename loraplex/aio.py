@@ -1,28 +1,36 @@
 """The client for programs with an event loop; the same calls as `loraplex.client`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from loraplex import requests, results
-from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling
-from loraplex.requests import GenerateOptions, ProgressCallback, Prompt
+from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
+from loraplex.errors import LoraplexError
+from loraplex.requests import ChatMessage, GenerateOptions, ProgressCallback, Prompt
 from loraplex.results import Adapter, Delta, Generation, Model, PushResult
+from loraplex.retries import Attempts, RetryPolicy
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+
+_Response = TypeVar("_Response")
 
 
 class AsyncClient:
     """Talks to one gateway at `HOST:PORT` from one event loop. Every call raises `LoraplexError`.
 
-    Connects on the first call. `close()`, or leaving the `async with` block, ends the streams that are still open.
+    Connects on the first call. `close()`, or leaving the `async with` block, ends the streams that are still open. A
+    call that is refused for now is tried again as `retries` says, but never once a part of the answer was delivered.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, retries: RetryPolicy | None = None) -> None:
         self.address = address
+        self.retries = retries or RetryPolicy()
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._gateway = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = AsyncAdapters(adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel), address)
@@ -38,9 +46,7 @@ class AsyncClient:
     ) -> Generation:
         """As `Client.generate`. Cancelling the task cancels the request."""
         request = requests.generate_request(prompt, adapter, options)
-        with calling(self.address, request_id) as metadata:
-            response = await self._gateway.Generate(request, timeout=timeout, metadata=metadata)
-        return results.generation(response)
+        return results.generation(await self._answer(partial(self._gateway.Generate, request), timeout, request_id))
 
     def stream(
         self,
@@ -62,26 +68,63 @@ class AsyncClient:
     async def _deltas(
         self, request: gateway_pb2.GenerateRequest, timeout: float | None, request_id: str
     ) -> AsyncGenerator[Delta, None]:
-        with calling(self.address, request_id) as metadata:
-            call = self._gateway.GenerateStream(request, timeout=timeout, metadata=metadata)
+        attempts, request_id = self._attempts(timeout), request_id or new_request_id()
+        while True:
+            delivered = False
             try:
-                async for response in call:
-                    for delta in results.deltas(response):
-                        yield delta
-            finally:
-                call.cancel()
+                with calling(self.address, request_id) as metadata:
+                    left = attempts.timeout_seconds(time.monotonic())
+                    call = self._gateway.GenerateStream(request, timeout=left, metadata=metadata)
+                    try:
+                        async for response in call:
+                            delivered = True
+                            for delta in results.deltas(response):
+                                yield delta
+                        return
+                    finally:
+                        call.cancel()
+            except LoraplexError as error:
+                if delivered:
+                    raise
+                await asyncio.sleep(attempts.wait_seconds(error, time.monotonic()))
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        adapter: str = "",
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> tuple[int, ...]:
+        """As `Client.tokenize`."""
+        request = requests.tokenize_request(prompt, adapter)
+        response = await self._answer(partial(self._gateway.Tokenize, request), timeout)
+        return tuple(response.token_ids.ids)
 
     async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> tuple[Model, ...]:
         """As `Client.models`."""
         found: list[Model] = []
         request = gateway_pb2.ListModelsRequest()
         while True:
-            with calling(self.address) as metadata:
-                response = await self._gateway.ListModels(request, timeout=timeout, metadata=metadata)
+            response = await self._answer(partial(self._gateway.ListModels, request), timeout)
             found += map(results.model, response.models)
             if not response.next_page_token:
                 return tuple(found)
             request.page_token = response.next_page_token
+
+    async def _answer(
+        self, call: Callable[..., Awaitable[_Response]], timeout: float | None, request_id: str = ""
+    ) -> _Response:
+        """Of a unary call, over as many attempts as it takes."""
+        attempts, request_id = self._attempts(timeout), request_id or new_request_id()
+        while True:
+            try:
+                with calling(self.address, request_id) as metadata:
+                    return await call(timeout=attempts.timeout_seconds(time.monotonic()), metadata=metadata)
+            except LoraplexError as error:
+                await asyncio.sleep(attempts.wait_seconds(error, time.monotonic()))
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        return Attempts(self.retries, None if timeout is None else time.monotonic() + timeout)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -29,10 +29,14 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 Metadata = tuple[tuple[str, str], ...]
 
 
+def new_request_id() -> str:
+    return uuid.uuid4().hex
+
+
 @contextmanager
 def calling(address: str, request_id: str = "") -> Iterator[Metadata]:
     """Gives the metadata for one call to `address`; its failure becomes a `LoraplexError` with the same request id."""
-    request_id = request_id or uuid.uuid4().hex
+    request_id = request_id or new_request_id()
     try:
         yield ((REQUEST_ID_KEY, request_id),)
     except grpc.RpcError as error:

@@ -1,27 +1,35 @@
 """The client for programs without an event loop."""
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from loraplex import requests, results
-from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling
-from loraplex.requests import GenerateOptions, ProgressCallback, Prompt
+from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
+from loraplex.errors import LoraplexError
+from loraplex.requests import ChatMessage, GenerateOptions, ProgressCallback, Prompt
 from loraplex.results import Adapter, Delta, Generation, Model, PushResult
+from loraplex.retries import Attempts, RetryPolicy
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+
+_Response = TypeVar("_Response")
 
 
 class Client:
     """Talks to one gateway at `HOST:PORT`; may be shared by threads. Every call raises `LoraplexError`.
 
-    Connects on the first call. `close()`, or leaving the `with` block, ends the streams that are still open.
+    Connects on the first call. `close()`, or leaving the `with` block, ends the streams that are still open. A call
+    that is refused for now is tried again as `retries` says, but never once a part of the answer was delivered.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, retries: RetryPolicy | None = None) -> None:
         self.address = address
+        self.retries = retries or RetryPolicy()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._gateway = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = Adapters(adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel), address)
@@ -37,13 +45,12 @@ class Client:
     ) -> Generation:
         """The whole answer to `prompt` by an adapter, or by the base model when `adapter` is empty.
 
-        `timeout` is in seconds; None waits as long as it takes. `request_id` names the request in logs and errors and
-        is made up when empty. The options are those of `GenerateOptions`.
+        A prompt is text, token ids, or the messages of a conversation: `[{"role": "user", "content": "Hi"}]`.
+        `timeout` is in seconds, for all attempts together; None waits as long as it takes. `request_id` names the
+        request in logs and errors and is made up when empty. The options are those of `GenerateOptions`.
         """
         request = requests.generate_request(prompt, adapter, options)
-        with calling(self.address, request_id) as metadata:
-            response = self._gateway.Generate(request, timeout=timeout, metadata=metadata)
-        return results.generation(response)
+        return results.generation(self._answer(partial(self._gateway.Generate, request), timeout, request_id))
 
     def stream(
         self,
@@ -64,25 +71,59 @@ class Client:
     def _deltas(
         self, request: gateway_pb2.GenerateRequest, timeout: float | None, request_id: str
     ) -> Generator[Delta, None, None]:
-        with calling(self.address, request_id) as metadata:
-            call = self._gateway.GenerateStream(request, timeout=timeout, metadata=metadata)
+        attempts, request_id = self._attempts(timeout), request_id or new_request_id()
+        while True:
+            delivered = False
             try:
-                for response in call:
-                    yield from results.deltas(response)
-            finally:
-                call.cancel()
+                with calling(self.address, request_id) as metadata:
+                    left = attempts.timeout_seconds(time.monotonic())
+                    call = self._gateway.GenerateStream(request, timeout=left, metadata=metadata)
+                    try:
+                        for response in call:
+                            delivered = True
+                            yield from results.deltas(response)
+                        return
+                    finally:
+                        call.cancel()
+            except LoraplexError as error:
+                if delivered:
+                    raise
+                time.sleep(attempts.wait_seconds(error, time.monotonic()))
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[ChatMessage],
+        adapter: str = "",
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> tuple[int, ...]:
+        """The token ids that `generate` would use for a text or a conversation."""
+        request = requests.tokenize_request(prompt, adapter)
+        return tuple(self._answer(partial(self._gateway.Tokenize, request), timeout).token_ids.ids)
 
     def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> tuple[Model, ...]:
         """The base model, then the adapters this caller may name, sorted by id. `timeout` is in seconds, for a page."""
         found: list[Model] = []
         request = gateway_pb2.ListModelsRequest()
         while True:
-            with calling(self.address) as metadata:
-                response = self._gateway.ListModels(request, timeout=timeout, metadata=metadata)
+            response = self._answer(partial(self._gateway.ListModels, request), timeout)
             found += map(results.model, response.models)
             if not response.next_page_token:
                 return tuple(found)
             request.page_token = response.next_page_token
+
+    def _answer(self, call: Callable[..., _Response], timeout: float | None, request_id: str = "") -> _Response:
+        """Of a unary call, over as many attempts as it takes."""
+        attempts, request_id = self._attempts(timeout), request_id or new_request_id()
+        while True:
+            try:
+                with calling(self.address, request_id) as metadata:
+                    return call(timeout=attempts.timeout_seconds(time.monotonic()), metadata=metadata)
+            except LoraplexError as error:
+                time.sleep(attempts.wait_seconds(error, time.monotonic()))
+
+    def _attempts(self, timeout: float | None) -> Attempts:
+        return Attempts(self.retries, None if timeout is None else time.monotonic() + timeout)
 
     def close(self) -> None:
         self._channel.close()

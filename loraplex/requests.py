@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from google.protobuf.message import Message
 
 from loraplex.errors import InvalidArgument
 from loraplex.v1 import adapter_store_pb2, gateway_pb2, types_pb2
 
-# Text, or token ids.
-Prompt = str | Sequence[int]
+# One turn of a conversation: {"role": ..., "content": ...}; the role is `system`, `user` or `assistant`, as the model's
+# template names them.
+ChatMessage = Mapping[str, str]
+# Text, token ids, or a conversation.
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
 # Called with (bytes sent so far, bytes in all).
 ProgressCallback = Callable[[int, int], None]
 
@@ -43,7 +46,11 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop: bool  # keeps the matched stop string in the text
+    n: int  # outputs of the same prompt, 1 to 16 [1]
+    logprobs: int  # alternatives per generated token, at most 20; 0 means the chosen token alone [no log-probabilities]
+    prompt_logprobs: int  # the same for the tokens of the prompt
     return_token_ids: bool
+    echo: bool  # puts the prompt in front of the text
     priority: int  # higher goes first within the tenant [0]
     ttft_slo_seconds: float  # target for the first token
 
@@ -54,19 +61,33 @@ _GROUPS = ("sampling", "stopping", "output", "scheduling")
 def generate_request(prompt: Prompt, adapter: str, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
     """The message of one generation. Raises InvalidArgument for an option that does not exist or does not fit."""
     request = gateway_pb2.GenerateRequest(adapter_id=adapter)
-    try:
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.CopyFrom(types_pb2.TokenIds(ids=prompt))
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument("BAD_PROMPT", f"a prompt is text or a list of token ids: {error}") from None
+    _set_prompt(request, prompt)
     for name, value in options.items():
         try:
             _set(_group_of(request, name), name, value)
         except (AttributeError, TypeError, ValueError) as error:
             raise InvalidArgument("BAD_OPTION", f"{name}={value!r}: {error}") from None
     return request
+
+
+def tokenize_request(prompt: str | Sequence[ChatMessage], adapter: str) -> gateway_pb2.TokenizeRequest:
+    """Raises InvalidArgument for a prompt of another kind."""
+    request = gateway_pb2.TokenizeRequest(adapter_id=adapter)
+    _set_prompt(request, prompt)
+    return request
+
+
+def _set_prompt(request: Any, prompt: Prompt) -> None:
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif len(prompt) > 0 and all(isinstance(message, Mapping) for message in prompt):
+            request.chat.CopyFrom(types_pb2.ChatPrompt(messages=cast("Sequence[Any]", prompt)))
+        else:
+            request.token_ids.CopyFrom(types_pb2.TokenIds(ids=cast("Sequence[int]", prompt)))
+    except (AttributeError, TypeError, ValueError) as error:
+        message = f"a prompt is text, a list of token ids, or a list of messages with role and content: {error}"
+        raise InvalidArgument("BAD_PROMPT", message) from None
 
 
 def _group_of(request: gateway_pb2.GenerateRequest, name: str) -> Message:

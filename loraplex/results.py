@@ -1,8 +1,9 @@
 """What the clients return: frozen dataclasses, made from protobuf in one place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from loraplex.v1 import adapter_store_pb2, gateway_pb2, types_pb2
 
@@ -38,30 +39,79 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """A whole answer. `token_ids` is empty unless `return_token_ids` was set."""
+class TokenLogprob:
+    """Log-probability of one candidate, from the model's distribution before temperature, penalties and filters."""
 
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionLogprobs:
+    """Log-probabilities at one position: of the token that is there, and of the likeliest ones in falling order.
+
+    `chosen` is None at the first position of a prompt, which nothing comes before.
+    """
+
+    chosen: TokenLogprob | None
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One of the `n` outputs. `token_ids` and `logprobs` are empty unless they were asked for.
+
+    `matched_stop` is the stop string or the stop token that ended it, if one did.
+    """
+
+    index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
     finish_reason: FinishReason | None
+    matched_stop: str | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A whole answer. Text, tokens, log-probabilities and end of the first output are here too."""
+
+    outputs: tuple[Output, ...]
+    prompt_logprobs: tuple[PositionLogprobs, ...]
     adapter_version: str
     seed: int
     request_id: str
     usage: Usage | None
 
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[PositionLogprobs, ...]:
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[0].finish_reason
+
 
 @dataclass(frozen=True, kw_only=True)
-class Delta:
-    """What a stream has to say since the delta before.
+class Delta(Output):
+    """What a stream has to say about the output `index` since the delta before.
 
-    `token_offset` counts the tokens delivered before this delta. `finish_reason` is there on the last delta with
-    text, `usage` on the last delta.
+    `token_offset` counts the tokens of the output delivered before this delta. `finish_reason` is there on the last
+    delta of each output, `usage` on the last delta of all. `adapter_version`, `seed`, `request_id` and
+    `prompt_logprobs` are there on the first.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
     token_offset: int
-    finish_reason: FinishReason | None
+    prompt_logprobs: tuple[PositionLogprobs, ...]
     adapter_version: str
     seed: int
     request_id: str
@@ -100,11 +150,10 @@ class PushResult:
 
 
 def generation(response: gateway_pb2.GenerateResponse) -> Generation:
-    output = response.outputs[0] if response.outputs else gateway_pb2.Output()
+    outputs = list(response.outputs) or [gateway_pb2.Output()]
     return Generation(
-        text=output.text,
-        token_ids=tuple(output.token_ids),
-        finish_reason=_finish_reason(output),
+        outputs=tuple(Output(**_output_fields(output)) for output in outputs),
+        prompt_logprobs=_logprobs(response.prompt_logprobs),
         adapter_version=response.adapter_version,
         seed=response.seed,
         request_id=response.request_id,
@@ -113,18 +162,18 @@ def generation(response: gateway_pb2.GenerateResponse) -> Generation:
 
 
 def deltas(response: gateway_pb2.GenerateResponse) -> Iterator[Delta]:
-    """One delta for each output of the message; an empty one for a message that has only usage."""
+    """One delta for each output of the message, what concerns all of them on the first or, the usage, on the last; an
+    empty one for a message without outputs."""
     outputs = list(response.outputs) or [gateway_pb2.Output()]
-    for output in outputs:
+    for position, output in enumerate(outputs):
         yield Delta(
-            text=output.text,
-            token_ids=tuple(output.token_ids),
+            **_output_fields(output),
             token_offset=output.token_offset,
-            finish_reason=_finish_reason(output),
+            prompt_logprobs=_logprobs(response.prompt_logprobs) if position == 0 else (),
             adapter_version=response.adapter_version,
             seed=response.seed,
             request_id=response.request_id,
-            usage=_usage(response),
+            usage=_usage(response) if position == len(outputs) - 1 else None,
         )
 
 
@@ -152,8 +201,31 @@ def push_result(proto: adapter_store_pb2.UploadAdapterResponse) -> PushResult:
     return PushResult(adapter=adapter(proto.adapter), created=proto.created, warnings=tuple(proto.warnings))
 
 
-def _finish_reason(output: gateway_pb2.Output) -> FinishReason | None:
-    return _FINISH_REASONS.get(output.finish.reason)
+def _output_fields(output: gateway_pb2.Output) -> dict[str, Any]:
+    """What an output and a delta of it have in common."""
+    matched = output.finish.WhichOneof("matched")
+    return {
+        "index": output.index,
+        "text": output.text,
+        "token_ids": tuple(output.token_ids),
+        "logprobs": _logprobs(output.logprobs),
+        "finish_reason": _FINISH_REASONS.get(output.finish.reason),
+        "matched_stop": None if matched is None else getattr(output.finish, matched),
+    }
+
+
+def _logprobs(positions: Iterable[types_pb2.PositionLogprobs]) -> tuple[PositionLogprobs, ...]:
+    return tuple(
+        PositionLogprobs(
+            chosen=_token_logprob(position.chosen) if position.HasField("chosen") else None,
+            top=tuple(map(_token_logprob, position.top)),
+        )
+        for position in positions
+    )
+
+
+def _token_logprob(proto: types_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(token_id=proto.token_id, text=proto.text, logprob=proto.logprob)
 
 
 def _usage(response: gateway_pb2.GenerateResponse) -> Usage | None:

@@ -105,7 +105,11 @@ def ask(text: str = "hi", **fields: Any) -> gateway_pb2.GenerateRequest:
 
 
 async def read_all(call: Any) -> list[gateway_pb2.GenerateResponse]:
-    return [response async for response in call]
+    """What is left of a stream, also after a `read()`."""
+    responses = []
+    while (response := await call.read()) is not grpc.aio.EOF:
+        responses.append(response)
+    return responses
 
 
 async def failure(call: Any) -> grpc.aio.AioRpcError:

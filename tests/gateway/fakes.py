@@ -1,7 +1,7 @@
 """Peers of the gateway in a few lines each: they keep what they were told and say what a test wants said."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -127,10 +127,10 @@ class FakeScheduler(_Peer):
         assert request.HasField("submit"), request
         return request.submit.request
 
-    async def aborted(self) -> types_pb2.RequestKey:
+    async def aborted(self) -> scheduler_pb2.Abort:
         request = await self.received.get()
         assert request.HasField("abort"), request
-        return request.abort.key
+        return request.abort
 
     async def place(self, key: types_pb2.RequestKey, worker_id: str = "w0") -> None:
         await self.say(placed=scheduler_pb2.Placed(key=key, worker_id=worker_id))
@@ -142,12 +142,13 @@ class FakeScheduler(_Peer):
 class FakeWorker(_Peer):
     """Welcomes gateways with its identity and its tokenizer."""
 
-    def __init__(self, worker_id: str = "w0") -> None:
+    def __init__(self, worker_id: str = "w0", files: Mapping[str, bytes] | None = None) -> None:
         super().__init__(worker_pb2_grpc.WorkerServiceServicer, worker_pb2_grpc.add_WorkerServiceServicer_to_server)
         self.worker_id = worker_id
-        self.model = identity()
+        self.files = byte_tokenizer_files() if files is None else files
+        self.model = identity(tokenizer_digest=tokenizer_digest(self.files))
         self.hellos: asyncio.Queue[worker_pb2.AttachHello] = asyncio.Queue()
-        self.aborts: asyncio.Queue[types_pb2.RequestKey] = asyncio.Queue()
+        self.aborts: asyncio.Queue[scheduler_pb2.Abort] = asyncio.Queue()
         self._context: Any = None
 
     @property
@@ -160,12 +161,12 @@ class FakeWorker(_Peer):
         hello = (await anext(request_iterator)).hello
         welcome = worker_pb2.AttachWelcome(worker_id=self.worker_id, model=self.model)
         if hello.known_tokenizer_digest != self.model.tokenizer_digest:
-            for name, content in byte_tokenizer_files().items():
+            for name, content in self.files.items():
                 welcome.tokenizer_files.add(name=name, content=content)
         await context.write(worker_pb2.AttachResponse(welcome=welcome))
         self.hellos.put_nowait(hello)
         async for request in request_iterator:
-            self.aborts.put_nowait(request.abort.key)
+            self.aborts.put_nowait(request.abort)
 
     async def say(self, *sequences: worker_pb2.SequenceTokens) -> None:
         batch = worker_pb2.TokenBatch(worker_id=self.worker_id, sequences=sequences)

@@ -49,8 +49,9 @@ async def test_text_is_tokenised_as_for_generate(fleet: Fleet) -> None:
     [
         pytest.param(gateway_pb2.TokenizeRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT, id="empty"),
         pytest.param(
-            gateway_pb2.TokenizeRequest(chat=types_pb2.ChatPrompt()), grpc.StatusCode.UNIMPLEMENTED, id="chat"
+            gateway_pb2.TokenizeRequest(chat=types_pb2.ChatPrompt()), grpc.StatusCode.INVALID_ARGUMENT, id="empty chat"
         ),
+        pytest.param(gateway_pb2.TokenizeRequest(), grpc.StatusCode.INVALID_ARGUMENT, id="nothing"),
         pytest.param(
             gateway_pb2.TokenizeRequest(text="a", adapter_id="ghost"), grpc.StatusCode.NOT_FOUND, id="unknown adapter"
         ),
@@ -75,9 +76,17 @@ async def test_what_cannot_be_tokenised(
             "INVALID_FIELD",
             id="NaN",
         ),
+        pytest.param(ask("a\0b"), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", id="NUL in the prompt"),
         pytest.param(
-            ask(output=types_pb2.OutputParams(n=2)), grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", id="two outputs"
+            ask(output=types_pb2.OutputParams(n=17)), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", id="17 outputs"
         ),
+        pytest.param(
+            gateway_pb2.GenerateRequest(token_ids=types_pb2.TokenIds(ids=[259])),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_FIELD",
+            id="an id out of the vocabulary",
+        ),
+        pytest.param(ask(adapter_id="ghost"), grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", id="unknown adapter"),
         pytest.param(ask("x" * 5_000_000), grpc.StatusCode.RESOURCE_EXHAUSTED, "", id="5 MB"),
     ],
 )

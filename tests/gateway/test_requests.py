@@ -33,6 +33,10 @@ class Counted:
         self.gaps += number
 
 
+def buffered(limit: int) -> InFlight:
+    return InFlight(types_pb2.RequestSpec(key=KEY), max_buffered_bytes=limit)
+
+
 def taken(request: InFlight) -> list[int]:
     return [token for output in request.take().outputs for token in output.token_ids]
 
@@ -58,13 +62,6 @@ def test_the_last_take_has_finish_and_usage() -> None:
     assert delta.outputs[0].finish_reason == types_pb2.FINISH_REASON_LENGTH
     assert delta.outputs[0].matched_stop_token_id == 1
     assert request.ended_remotely
-
-
-def test_a_usage_that_the_worker_leaves_out_is_counted() -> None:
-    request = in_flight()
-    end = tokens(KEY, 0, [1, 2, 3], finish_reason=types_pb2.FINISH_REASON_STOP)
-    Counted(request).table.apply("w", end)
-    assert request.take().usage == types_pb2.Usage(prompt_tokens=2, completion_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +194,9 @@ def test_outputs_are_kept_apart() -> None:
     table.apply("w", tokens(KEY, 0, [5], finish=True, output_index=1))
     assert not request.complete
     first = request.take()
-    assert first.usage is None
     assert [(output.index, output.token_ids, output.finished) for output in first.outputs] == [(1, [5], True)]
     table.apply("w", tokens(KEY, 0, [6], finish=True, output_index=0))
     last = request.take()
-    assert last.usage is not None
     assert [(output.index, output.token_ids) for output in last.outputs] == [(0, [6])]
 
 
@@ -216,3 +211,51 @@ async def test_a_waiter_wakes_for_news_and_finds_all_of_it() -> None:
     again = asyncio.create_task(request.wait())
     table.fail_placed("w", lambda: Unavailable("X", "x"))
     await again
+
+
+def test_an_output_that_ended_here_takes_no_more_tokens() -> None:
+    request = in_flight(n=2)
+    counted = Counted(request)
+    counted.table.apply("w", tokens(KEY, 0, [1, 2]))
+    request.take()
+    assert request.end([0]) == [0]
+    counted.table.apply("w", tokens(KEY, 4, [5], finish_reason=types_pb2.FINISH_REASON_ABORTED))
+    assert request.take().outputs == []
+    assert (counted.duplicates, counted.gaps, request.complete) == (0, 0, False)
+
+
+def test_an_output_that_the_worker_has_ended_is_not_ended_again() -> None:
+    request = in_flight()
+    Counted(request).table.apply("w", tokens(KEY, 0, [1], finish=True))
+    assert request.end([0]) == []
+
+
+def test_log_probabilities_of_the_prompt_are_taken_once() -> None:
+    request = in_flight()
+    table = Counted(request).table
+    positions = [types_pb2.PositionLogprobs(), types_pb2.PositionLogprobs(chosen=types_pb2.TokenLogprob(token_id=7))]
+    for _ in range(2):
+        table.apply("w", tokens(KEY, 0, [1], prompt_logprobs=positions))
+    assert request.take().prompt_logprobs == positions
+    table.apply("w", tokens(KEY, 0, [1], prompt_logprobs=positions))
+    assert request.take().prompt_logprobs == []
+
+
+def test_more_than_the_buffer_takes_is_an_overflow() -> None:
+    request, overflows = buffered(100), []
+    request.on_overflow = lambda: overflows.append(True)
+    table = Counted(request).table
+    table.apply("w", tokens(KEY, 0, [1] * 60))
+    assert not overflows
+    table.apply("w", tokens(KEY, 60, [1] * 60))
+    assert overflows
+
+
+def test_what_was_taken_is_no_longer_buffered() -> None:
+    request, overflows = buffered(100), []
+    request.on_overflow = lambda: overflows.append(True)
+    table = Counted(request).table
+    for offset in range(0, 600, 60):
+        table.apply("w", tokens(KEY, offset, [1] * 60))
+        request.take()
+    assert not overflows

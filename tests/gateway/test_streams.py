@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from loraplex.v1 import gateway_pb2, types_pb2
+from loraplex.v1 import gateway_pb2, scheduler_pb2, types_pb2
 from tests.gateway.conftest import Fleet, StartFleet, ask, failure, read_all, reason_of, retry_seconds_of
 from tests.gateway.fakes import VERSION, token_ids, tokens
 
@@ -112,8 +112,8 @@ async def test_a_gap_is_internal_and_frees_the_worker(fleet: Fleet) -> None:
     error = await failure(call)
     assert error.code() is grpc.StatusCode.INTERNAL
     assert error.details() == "internal error; quote request id mine"
-    assert await fleet.worker.aborts.get() == key
-    assert await fleet.scheduler.aborted() == key
+    assert (await fleet.worker.aborts.get()).key == key
+    assert (await fleet.scheduler.aborted()).key == key
 
 
 async def test_a_refusal_is_the_calls_status(fleet: Fleet) -> None:
@@ -140,8 +140,8 @@ async def test_a_cancelled_call_is_aborted_everywhere(fleet: Fleet, method: str)
     key = await fleet.running()
     await fleet.worker.say(tokens(key, 0, token_ids("a")))
     call.cancel()
-    assert await fleet.worker.aborts.get() == key
-    assert await fleet.scheduler.aborted() == key
+    for abort in (await fleet.worker.aborts.get(), await fleet.scheduler.aborted()):
+        assert (abort.key, abort.cause) == (key, scheduler_pb2.ABORT_CAUSE_CANCELLED)
     assert len(fleet.gateway.table) == 0
 
 
@@ -149,7 +149,7 @@ async def test_a_call_cancelled_before_it_is_placed_is_aborted_at_the_scheduler(
     call = fleet.api.GenerateStream(ask())
     spec = await fleet.scheduler.submitted()
     call.cancel()
-    assert await fleet.scheduler.aborted() == spec.key
+    assert (await fleet.scheduler.aborted()).key == spec.key
 
 
 async def test_a_call_that_nobody_reads_is_aborted_when_it_is_cancelled(fleet: Fleet) -> None:
@@ -159,15 +159,23 @@ async def test_a_call_that_nobody_reads_is_aborted_when_it_is_cancelled(fleet: F
     for position in range(0, 400_000, 4000):
         await fleet.worker.say(tokens(key, position, [100] * 4000))
     call.cancel()
-    assert await fleet.worker.aborts.get() == key
+    assert (await fleet.worker.aborts.get()).key == key
 
 
 async def test_a_passed_deadline_is_aborted_everywhere(fleet: Fleet) -> None:
     call = fleet.api.GenerateStream(ask(), timeout=0.2)
     key = await fleet.running()
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert await fleet.worker.aborts.get() == key
-    assert await fleet.scheduler.aborted() == key
+    for abort in (await fleet.worker.aborts.get(), await fleet.scheduler.aborted()):
+        assert (abort.key, abort.cause) == (key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_aborted_at_the_scheduler(fleet: Fleet) -> None:
+    call = fleet.api.Generate(ask(), timeout=0.2)
+    spec = await fleet.scheduler.submitted()
+    assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    abort = await fleet.scheduler.aborted()
+    assert (abort.key, abort.cause) == (spec.key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
 
 
 async def test_an_id_in_flight_is_refused(fleet: Fleet) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from common.errors import InvalidArgument, LoraplexError, Unimplemented
+from common.errors import InvalidArgument, LoraplexError
+from gateway.prompts import PromptSpec
 from gateway.validation import ModelLimits, check_adapter, check_token_ids, fit_context, page_size_of, validate
 from loraplex.v1 import gateway_pb2, types_pb2
 
@@ -31,33 +32,24 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
 }
 IN_RANGE: dict[str, tuple[Any, ...]] = {
     "sampling.temperature": (0.0, 10.0),
-    "sampling.top_p": (1.0,),
-    "sampling.top_k": (0,),
-    "sampling.min_p": (0.0,),
-    "sampling.presence_penalty": (0.0,),
-    "sampling.frequency_penalty": (0.0,),
-    "sampling.repetition_penalty": (1.0,),
+    "sampling.top_p": (0.001, 1.0),
+    "sampling.top_k": (0, 100),
+    "sampling.min_p": (0.0, 1.0),
+    "sampling.presence_penalty": (-2.0, 2.0),
+    "sampling.frequency_penalty": (-2.0, 2.0),
+    "sampling.repetition_penalty": (0.001, 10.0),
     "sampling.seed": (0, 2**64 - 1),
     "stopping.max_tokens": (1, 64),
     "stopping.min_tokens": (0, 64),
     "stopping.ignore_eos": (True,),
     "stopping.include_stop": (True,),
-    "output.n": (1,),
+    "output.n": (1, 16),
+    "output.logprobs": (0, 20),
+    "output.prompt_logprobs": (0, 20),
     "output.return_token_ids": (True,),
+    "output.echo": (True,),
     "scheduling.priority": (-(2**31), 2**31 - 1),
     "scheduling.ttft_slo_seconds": (0.001, 1e6),
-}
-NOT_IMPLEMENTED: dict[str, Any] = {
-    "sampling.top_p": 0.5,
-    "sampling.top_k": 100,
-    "sampling.min_p": 1.0,
-    "sampling.presence_penalty": -2.0,
-    "sampling.frequency_penalty": 2.0,
-    "sampling.repetition_penalty": 10.0,
-    "output.n": 16,
-    "output.logprobs": 0,
-    "output.prompt_logprobs": 20,
-    "output.echo": True,
 }
 # Checked by tests of their own below.
 REPEATED = {"sampling.logit_bias", "stopping.stop", "stopping.stop_token_ids"}
@@ -97,13 +89,6 @@ def test_a_value_in_range_passes_unchanged(field: str, value: Any) -> None:
     assert getattr(getattr(spec, part), name) == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("field", "value"), NOT_IMPLEMENTED.items(), ids=NOT_IMPLEMENTED)
-def test_what_a_later_release_does_is_unimplemented(field: str, value: Any) -> None:
-    error = refusal(request_with(field, value))
-    assert isinstance(error, Unimplemented)
-    assert error.message == f"{field} is not implemented yet; leave it out"
-
-
 def test_every_field_of_the_parameters_is_in_these_tables() -> None:
     parts: dict[str, Any] = {
         "sampling": types_pb2.SamplingParams,
@@ -112,7 +97,7 @@ def test_every_field_of_the_parameters_is_in_these_tables() -> None:
         "scheduling": types_pb2.SchedulingParams,
     }
     fields = {f"{part}.{field.name}" for part, message in parts.items() for field in message.DESCRIPTOR.fields}
-    assert fields == OUT_OF_RANGE.keys() | IN_RANGE.keys() | NOT_IMPLEMENTED.keys() | REPEATED
+    assert fields == OUT_OF_RANGE.keys() | IN_RANGE.keys() | REPEATED
 
 
 @pytest.mark.parametrize("bias", [100.1, -100.1, *NOT_FINITE])
@@ -135,10 +120,10 @@ def test_too_many_biases_are_refused() -> None:
     assert refusal(request).message == "sampling.logit_bias must have at most 1024 entries; it has 1025"
 
 
-def test_a_bias_is_unimplemented() -> None:
+def test_a_bias_in_range_passes() -> None:
     request = request_with()
     request.sampling.logit_bias[99] = -100.0
-    assert isinstance(refusal(request), Unimplemented)
+    assert dict(validate(request, LIMITS).sampling.logit_bias) == {99: -100.0}
 
 
 @pytest.mark.parametrize(
@@ -147,13 +132,19 @@ def test_a_bias_is_unimplemented() -> None:
         pytest.param(["x"] * 17, "stopping.stop must have at most 16 strings; it has 17", id="17 strings"),
         pytest.param(["x" * 257], "stopping.stop must be 1 to 256 characters; it is 257", id="257 characters"),
         pytest.param([""], "stopping.stop must be 1 to 256 characters; it is 0", id="empty"),
-        pytest.param(["é" * 256] * 16, "stopping.stop is not implemented yet; leave it out", id="in range"),
+        pytest.param(["a\0"], "stopping.stop must have no NUL character; it has one at position 1", id="NUL"),
     ],
 )
-def test_stop_strings(stop: list[str], message: str) -> None:
+def test_a_stop_string_out_of_range_is_refused(stop: list[str], message: str) -> None:
     request = request_with()
     request.stopping.stop.extend(stop)
     assert refusal(request).message == message
+
+
+def test_stop_strings_in_range_pass() -> None:
+    request = request_with()
+    request.stopping.stop.extend(["é" * 256] * 16)
+    assert len(validate(request, LIMITS).stopping.stop) == 16
 
 
 def test_a_stop_token_out_of_the_vocabulary_is_refused() -> None:
@@ -190,6 +181,7 @@ def test_a_version_of_the_base_model_is_refused() -> None:
     [
         pytest.param(lambda: gateway_pb2.GenerateRequest(), id="none"),
         pytest.param(lambda: gateway_pb2.GenerateRequest(text=""), id="empty text"),
+        pytest.param(lambda: gateway_pb2.GenerateRequest(chat=types_pb2.ChatPrompt()), id="empty conversation"),
     ],
 )
 def test_an_empty_prompt_is_refused(request_of: Callable[[], gateway_pb2.GenerateRequest]) -> None:
@@ -207,16 +199,40 @@ def test_a_prompt_token_out_of_the_vocabulary_is_refused() -> None:
     assert refusal(request).message == "token_ids.ids[1] must be below the vocabulary size 100; it is 100"
 
 
-def test_a_conversation_is_unimplemented() -> None:
-    request = gateway_pb2.GenerateRequest(chat=types_pb2.ChatPrompt())
-    assert refusal(request).message == "chat is not implemented yet; leave it out"
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        pytest.param([("", "x")], "chat.messages[0].role must be 1 to 64 characters; it is 0", id="no role"),
+        pytest.param([("r" * 65, "x")], "chat.messages[0].role must be 1 to 64 characters; it is 65", id="long role"),
+        pytest.param(
+            [("user", "x"), ("user", "a\0")],
+            "chat.messages[1].content must have no NUL character; it has one at position 1",
+            id="NUL",
+        ),
+        pytest.param([("user", "")] * 4097, "chat.messages must have at most 4096 messages; it has 4097", id="4097"),
+    ],
+)
+def test_a_conversation_out_of_range_is_refused(messages: list[tuple[str, str]], message: str) -> None:
+    chat = types_pb2.ChatPrompt(messages=[types_pb2.ChatMessage(role=role, content=text) for role, text in messages])
+    assert refusal(gateway_pb2.GenerateRequest(chat=chat)).message == message
+
+
+def test_a_prompt_with_a_nul_is_refused() -> None:
+    expected = "text must have no NUL character; it has one at position 2"
+    assert refusal(gateway_pb2.GenerateRequest(text="ab\0")).message == expected
+
+
+def test_a_conversation_passes() -> None:
+    messages = [types_pb2.ChatMessage(role="user", content="")]
+    request = gateway_pb2.GenerateRequest(chat=types_pb2.ChatPrompt(messages=messages))
+    assert validate(request, LIMITS).prompt == PromptSpec(chat=tuple(messages))
 
 
 def test_defaults_are_filled_in() -> None:
     spec = validate(request_with(), LIMITS)
     assert spec.sampling == types_pb2.SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=1.0)
     assert spec.output == types_pb2.OutputParams(n=1)
-    assert (spec.text, spec.token_ids) == ("hi", ())
+    assert spec.prompt == PromptSpec(text="hi")
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(60, 5), (64, 1), (1000, 64)])

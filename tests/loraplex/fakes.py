@@ -47,14 +47,15 @@ def _abort(context: Any, failure: status_pb2.Status) -> NoReturn:
 class FakeGateway:
     """Answers a prompt with its words, one message each.
 
-    `failure` fails every call, a stream after `words_before_failure`. With `holds_streams` a stream stops after its
-    first word until the client leaves.
+    `failure` fails every call, or the first `failing_calls`; a stream fails after `words_before_failure`. With
+    `holds_streams` a stream stops after its first word until the client leaves.
     """
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
         self.request_ids: list[str] = []
         self.failure: status_pb2.Status | None = None
+        self.failing_calls = 10**9
         self.words_before_failure = 0
         self.serving = True
         self.holds_streams = False
@@ -63,17 +64,32 @@ class FakeGateway:
     def _note(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.request_ids.append(dict(context.invocation_metadata()).get("x-request-id", ""))
-        if self.failure and not self.words_before_failure:
+        if self.failure and not self.words_before_failure and len(self.requests) <= self.failing_calls:
             _abort(context, self.failure)
 
     def Generate(self, request: gateway_pb2.GenerateRequest, context: Any) -> gateway_pb2.GenerateResponse:
         self._note(request, context)
-        output = gateway_pb2.Output(text=request.text.upper(), token_ids=[5, 6])
-        output.finish.reason = types_pb2.FINISH_REASON_STOP
-        usage = types_pb2.Usage(prompt_tokens=3, completion_tokens=2)
+        chosen = types_pb2.TokenLogprob(token_id=5, logprob=-0.5, text="O")
+        position = types_pb2.PositionLogprobs(chosen=chosen, top=[chosen])
+        finish = gateway_pb2.Finish(reason=types_pb2.FINISH_REASON_STOP, stop="END")
+        outputs = [
+            gateway_pb2.Output(
+                index=index, text=request.text.upper(), token_ids=[5, 6], logprobs=[position], finish=finish
+            )
+            for index in range(request.output.n or 1)
+        ]
         return gateway_pb2.GenerateResponse(
-            request_id=self.request_ids[-1], adapter_version="digest", seed=7, outputs=[output], usage=usage
+            request_id=self.request_ids[-1],
+            adapter_version="digest",
+            seed=7,
+            outputs=outputs,
+            usage=types_pb2.Usage(prompt_tokens=3, completion_tokens=2),
+            prompt_logprobs=[types_pb2.PositionLogprobs(), position],
         )
+
+    def Tokenize(self, request: gateway_pb2.TokenizeRequest, context: Any) -> gateway_pb2.TokenizeResponse:
+        self._note(request, context)
+        return gateway_pb2.TokenizeResponse(token_ids=types_pb2.TokenIds(ids=[5, 6]))
 
     def GenerateStream(
         self, request: gateway_pb2.GenerateRequest, context: Any
@@ -82,7 +98,7 @@ class FakeGateway:
         context.add_callback(self.stream_ended.set)
         words = request.text.split()
         for offset, word in enumerate(words):
-            if self.failure and offset == self.words_before_failure:
+            if self.failure and 0 < self.words_before_failure == offset:
                 _abort(context, self.failure)
             output = gateway_pb2.Output(text=word, token_offset=offset)
             response = gateway_pb2.GenerateResponse(request_id=self.request_ids[-1], outputs=[output])

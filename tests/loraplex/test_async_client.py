@@ -34,10 +34,14 @@ async def test_closing_a_stream_cancels_the_request(client: AsyncClient, gateway
 
 
 async def test_a_failed_call_has_reason_hint_and_request_id(client: AsyncClient, gateway: FakeGateway) -> None:
-    gateway.failure = fakes.status(code_pb2.UNAVAILABLE, "DRAINING", "it stops", retry_after_seconds=2.0)
+    gateway.failure = fakes.status(code_pb2.UNAVAILABLE, "DRAINING", "it stops", retry_after_seconds=60.0)
     with pytest.raises(LoraplexError) as caught:
         await client.generate("x", request_id="mine")
-    assert (caught.value.reason, caught.value.retry_after_seconds, caught.value.request_id) == ("DRAINING", 2.0, "mine")
+    assert (caught.value.reason, caught.value.retry_after_seconds, caught.value.request_id) == (
+        "DRAINING",
+        60.0,
+        "mine",
+    )
 
 
 async def test_a_stream_that_breaks_raises_after_its_deltas(client: AsyncClient, gateway: FakeGateway) -> None:
@@ -68,3 +72,8 @@ async def test_push_sends_a_header_then_the_files(
     header, *chunks = gateway.requests[0]
     assert (header.header.adapter_id, [message.chunk.data for message in chunks]) == ("alpha", [b"{}", b"w" * 10])
     assert result.created
+
+
+async def test_tokenize_returns_ids(client: AsyncClient, gateway: FakeGateway) -> None:
+    assert await client.tokenize([{"role": "user", "content": "Hi"}]) == (5, 6)
+    assert gateway.requests[0].chat.messages[0].content == "Hi"

@@ -11,7 +11,7 @@ from google.rpc import code_pb2
 
 from loraplex import Client, LoraplexError
 from loraplex.requests import UPLOAD_CHUNK_BYTES
-from loraplex.results import FinishReason
+from loraplex.results import FinishReason, PositionLogprobs, TokenLogprob
 from loraplex.v1 import adapter_store_pb2, gateway_pb2
 from tests.loraplex import fakes
 from tests.loraplex.fakes import KNOWN_ADAPTERS, FakeGateway
@@ -111,6 +111,40 @@ def test_the_last_delta_has_finish_reason_and_usage(client: Client) -> None:
     assert [(delta.finish_reason, delta.usage) for delta in earlier] == [(None, None)]
 
 
+def test_every_output_comes_back(client: Client, gateway: FakeGateway) -> None:
+    answer = client.generate("one", n=2)
+    assert [(output.index, output.text) for output in answer.outputs] == [(0, "ONE"), (1, "ONE")]
+    assert sent_options(gateway).output.n == 2
+
+
+def test_log_probabilities_come_back(client: Client) -> None:
+    answer = client.generate("one", logprobs=1, prompt_logprobs=1)
+    expected = TokenLogprob(token_id=5, text="O", logprob=-0.5)
+    assert answer.logprobs == (PositionLogprobs(chosen=expected, top=(expected,)),)
+    assert [position.chosen for position in answer.prompt_logprobs] == [None, expected]
+
+
+def test_the_stop_string_that_matched_comes_back(client: Client) -> None:
+    assert client.generate("one", stop=["END"]).outputs[0].matched_stop == "END"
+
+
+def test_a_conversation_is_sent_as_messages(client: Client, gateway: FakeGateway) -> None:
+    client.generate([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    messages = sent_options(gateway).chat.messages
+    assert [(message.role, message.content) for message in messages] == [("system", "Be brief."), ("user", "Hi")]
+
+
+@pytest.mark.parametrize("prompt", [3, [{"role": "user", "content": 3}], [{"rule": "user"}], ["a"]], ids=repr)
+def test_a_prompt_of_another_kind_is_refused(client: Client, prompt: Any) -> None:
+    with pytest.raises(LoraplexError, match="BAD_PROMPT"):
+        client.generate(prompt)
+
+
+def test_tokenize_returns_ids(client: Client, gateway: FakeGateway) -> None:
+    assert client.tokenize("one", "alpha") == (5, 6)
+    assert gateway.requests == [gateway_pb2.TokenizeRequest(adapter_id="alpha", text="one")]
+
+
 def test_closing_a_stream_cancels_the_request(client: Client, gateway: FakeGateway) -> None:
     gateway.holds_streams = True
     stream = client.stream("one two")
@@ -120,11 +154,11 @@ def test_closing_a_stream_cancels_the_request(client: Client, gateway: FakeGatew
 
 
 def test_a_failed_call_has_reason_hint_and_request_id(client: Client, gateway: FakeGateway) -> None:
-    gateway.failure = fakes.status(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "8 wait", retry_after_seconds=1.5)
+    gateway.failure = fakes.status(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "8 wait", retry_after_seconds=60.0)
     with pytest.raises(LoraplexError) as caught:
         client.generate("x", request_id="mine")
     error = caught.value
-    assert (error.reason, error.message, error.retry_after_seconds) == ("QUEUE_FULL", "8 wait", 1.5)
+    assert (error.reason, error.message, error.retry_after_seconds) == ("QUEUE_FULL", "8 wait", 60.0)
     assert (error.request_id, error.metadata) == ("mine", {"limit": "8"})
 
 

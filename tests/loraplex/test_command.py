@@ -1,12 +1,14 @@
 """The `loraplex` command: what it prints, and its exit codes."""
 
+import json
 from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
 
-from loraplex.command import main
+from loraplex.command import build_parser, main
 from loraplex.fleet import Fleet
+from loraplex.requests import GenerateOptions
 from tests.loraplex import fakes
 from tests.loraplex.fake_services import is_running, write_model, write_services
 from tests.loraplex.fakes import FakeGateway
@@ -62,6 +64,35 @@ def test_generate_sends_its_options(address: str, gateway: FakeGateway) -> None:
     (request,) = gateway.requests
     assert (request.adapter_id, request.stopping.max_tokens, request.sampling.seed) == ("alpha", 3, 4)
     assert request.sampling.HasField("temperature")
+
+
+def test_generate_has_a_flag_for_every_option() -> None:
+    flags = {"adapter_version", "logit_bias", "stop_token_ids", "ttft_slo_seconds"}
+    parsed = vars(build_parser().parse_args(["generate", "x"])).keys()
+    assert GenerateOptions.__annotations__.keys() - flags <= parsed
+
+
+def test_generate_passes_lists_and_switches_on(address: str, gateway: FakeGateway) -> None:
+    main(["generate", "--gateway", address, "--stop", "a", "--stop", "b", "--echo", "--top-p", "0.5", "one"])
+    (request,) = gateway.requests
+    assert (list(request.stopping.stop), request.output.echo, request.sampling.top_p) == (["a", "b"], True, 0.5)
+
+
+def test_generate_sends_a_conversation(address: str, gateway: FakeGateway) -> None:
+    main(["generate", "--gateway", address, "--no-stream", "--chat", "--system", "Be brief.", "Hi"])
+    (request,) = gateway.requests
+    assert [message.role for message in request.chat.messages] == ["system", "user"]
+
+
+def test_generate_prints_several_answers_apart(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--gateway", address, "--n", "2", "one"]) == 0
+    assert capsys.readouterr().out == "[0] ONE\n[1] ONE\n"
+
+
+def test_generate_prints_json(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--gateway", address, "--json", "one"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["outputs"][0]["text"], answer["usage"]["prompt_tokens"]) == ("ONE", 3)
 
 
 def test_the_gateway_may_come_from_the_environment(

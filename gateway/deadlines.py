@@ -1,0 +1,13 @@
+"""Whether a call that was cut off had run out of time."""
+
+# A client cancels when its own clock says so, and the transport rounds the time it tells the server up by as much as
+# a hundredth: at the client's deadline the server believes that some time is left.
+SLACK_SECONDS = 0.05
+ROUNDING = 0.01
+
+
+def has_passed(remaining_seconds: float | None, timeout_seconds: float | None) -> bool:
+    """`timeout_seconds` is what remained at the start; None means no deadline."""
+    if remaining_seconds is None or timeout_seconds is None:
+        return False
+    return remaining_seconds <= SLACK_SECONDS + ROUNDING * timeout_seconds

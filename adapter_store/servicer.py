@@ -119,17 +119,16 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         if request.tenant:
             check_tenant(request.tenant)
-        missed = await self._store.registry.changes(request.tenant, request.after_sequence)
-        for response in changes_to_proto(missed):
-            yield response
-        yield pb.WatchAdaptersResponse(caught_up=True)
-        through = missed.through
+        through, caught_up = request.after_sequence, False
         while True:
-            await self._store.registry.wait(through)
-            live = await self._store.registry.changes(request.tenant, through)
-            for response in changes_to_proto(live):
+            found = await self._store.registry.changes(request.tenant, through)
+            for response in changes_to_proto(found):
                 yield response
-            through = live.through
+            if found.resync or not caught_up:
+                caught_up = True
+                yield pb.WatchAdaptersResponse(caught_up=True)
+            through = found.through
+            await self._store.registry.wait(through)
 
 
 def _check_shard(request: pb.FetchWeightsRequest) -> None:

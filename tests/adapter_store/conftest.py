@@ -18,7 +18,7 @@ from tests.adapter_store.tiny_base import write_base
 
 GRACE_SECONDS = 600.0
 
-_tenants = itertools.count()
+_tenants, _prefixes = itertools.count(), itertools.count()
 
 StartStore = Callable[..., Awaitable[StoreService]]
 
@@ -100,6 +100,12 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     print(f"redis-server {server.version}")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def redis_prefix() -> str:
+    """Keys of the test's own."""
+    return f"test-{next(_prefixes)}"
 
 
 @pytest.fixture

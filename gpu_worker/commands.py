@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 
-from common.errors import DataLoss, FailedPrecondition, LoraplexError, NotFound, from_proto, to_proto
+from common.errors import DataLoss, FailedPrecondition, InvalidArgument, LoraplexError, NotFound, from_proto, to_proto
 from gpu_worker.batching import Batcher
 from gpu_worker.convert import sequence_id, to_progress, to_resident, to_sequence, to_usage
 from gpu_worker.host_tier import HostTier
@@ -59,6 +59,7 @@ class CommandProcessor:
         *,
         eos_token_ids: tuple[int, ...],
         max_context_tokens: int,
+        vocab_size: int,
     ) -> None:
         self.log = CommandLog()
         self.loads = 0
@@ -68,6 +69,7 @@ class CommandProcessor:
         self._outbox = outbox
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
+        self._vocab_size = vocab_size
 
     def apply(self, arrivals: Iterable[Arrival], last_step: int) -> list[engine_pb2.EngineEvent]:
         """Applies `arrivals` in order and returns the answers that cannot wait for the step's report.
@@ -87,8 +89,7 @@ class CommandProcessor:
             elif kind == "abort":
                 self._abort(arrival.abort.key)
             elif kind == "adapter_fetched":
-                if error := self._host.add(arrival.adapter_fetched):
-                    self._fail_adapter(arrival.adapter_fetched.adapter_version, error)
+                self._adapter_fetched(arrival.adapter_fetched)
             elif kind == "adapter_fetch_failed":
                 self._host.drop(arrival.adapter_fetch_failed.adapter_version)
                 failure = from_proto(arrival.adapter_fetch_failed.error)
@@ -126,17 +127,32 @@ class CommandProcessor:
         sequence = to_sequence(offer, self._eos_token_ids)
         if self._batcher.get(sequence.sequence_id):
             return
-        # A newer attempt fences the older ones.
-        for older in [s for s in self._batcher if s.request_id == sequence.request_id]:
-            self._end_aborted(older)
         sequence.timings.offered = time.monotonic()
-        if error := self._never_fits(sequence, offer.request.adapter_bytes):
+        # A newer attempt fences the older ones, in whatever order they come.
+        for other in [s for s in self._batcher if s.request_id == sequence.request_id]:
+            if other.attempt > sequence.attempt:
+                self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED)
+                return
+            self._end_aborted(other)
+        layout = self._host.layout(sequence.adapter_version)
+        adapter_bytes = layout.total_bytes if layout else offer.request.adapter_bytes
+        if error := self._unusable_tokens(sequence) or self._never_fits(sequence, adapter_bytes):
             self._outbox.fail(sequence, error)
             return
         self._batcher.add(sequence)
         self._outbox.changed(sequence)
         if sequence.adapter_version:
             self._want_adapter(sequence.tenant, sequence.adapter_version)
+
+    def _unusable_tokens(self, sequence: Sequence) -> LoraplexError | None:
+        """What a gateway should have refused: it would break the whole batch."""
+        if not 1 <= sequence.num_tokens <= self._max_context_tokens:
+            message = f"the request has {sequence.num_tokens} tokens; the model takes 1 to {self._max_context_tokens}"
+            return InvalidArgument("PROMPT_LENGTH", message)
+        if (largest := max(sequence.token_ids(0, sequence.num_tokens))) >= self._vocab_size:
+            message = f"token id {largest} is not in the vocabulary of {self._vocab_size}"
+            return InvalidArgument("UNKNOWN_TOKEN", message)
+        return None
 
     def _never_fits(self, sequence: Sequence, adapter_bytes: int) -> LoraplexError | None:
         geometry = self._memory.geometry
@@ -172,6 +188,16 @@ class CommandProcessor:
     def _want_adapter(self, tenant: str, adapter_version: str) -> None:
         if self._host.want(adapter_version):
             self._outbox.need_adapter(tenant, adapter_version)
+
+    def _adapter_fetched(self, fetched: engine_pb2.AdapterFetched) -> None:
+        if error := self._host.add(fetched):
+            self._fail_adapter(fetched.adapter_version, error)
+            return
+        # Their offers may have promised a smaller adapter than came; waiting for pages would be for ever.
+        for sequence in [s for s in self._batcher if s.adapter_version == fetched.adapter_version]:
+            if error := self._never_fits(sequence, fetched.layout.total_bytes):
+                self._batcher.remove(sequence, self._last_step)
+                self._outbox.fail(sequence, error)
 
     def _fail_adapter(self, adapter_version: str, error: LoraplexError) -> None:
         for sequence in [s for s in self._batcher if s.adapter_version == adapter_version]:

@@ -63,7 +63,7 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     memory = MemoryManager(geometry, num_pages)
     pool = PagePool(geometry, num_pages, config.device)
     eos = base_model.eos_token_ids(config.model, hf_config)
-    limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, eos)
+    limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, sizes.vocab_size, eos)
     host = HostTier(geometry, num_pages, sizes.module_shapes)
     engine = Engine(ModelRunner(model, memory, pool, config.device), memory, Loader(pool, inbox.put), host, limits)
     engine.warm_up()

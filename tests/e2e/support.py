@@ -46,9 +46,12 @@ async def greedy_tokens(
     return list(answer.token_ids)
 
 
-async def all_at_once(client: AsyncClient, prompts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+async def all_at_once(
+    client: AsyncClient, prompts: Mapping[str, list[int]], max_tokens: int = NUM_TOKENS
+) -> dict[str, list[int]]:
     """Answers of every adapter to its prompt, all requests in flight together."""
-    answers = await asyncio.gather(*(greedy_tokens(client, name, prompt) for name, prompt in prompts.items()))
+    calls = (greedy_tokens(client, name, prompt, max_tokens) for name, prompt in prompts.items())
+    answers = await asyncio.gather(*calls)
     return dict(zip(prompts, answers, strict=True))
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from loraplex import AsyncClient
 from loraplex.fleet import Fleet
 from tests.e2e.support import (
-    all_at_once,
     assert_books_balance,
     greedy_tokens,
     memory_usage,
@@ -30,16 +29,16 @@ for delta in Client(sys.argv[1]).stream([1, 40, 50, 60], "rank-8", temperature=0
 
 
 async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tiny: TinyModel, tmp_path: Path) -> None:
-    prompts = {name: tiny.prompts[name] for name in ("", "rank-1", "rank-3", "rank-8", "rank-16", "rank-24")}
-    # Outputs are expected to be short, so the scheduler offers more than the pool can hold to the end.
-    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "1600KiB"]
+    names = ["", "rank-1", "rank-3"] * 2
+    # 28 pages of 12 KiB. Six sequences grow to 40 pages; outputs are expected to be short, so all are offered at once.
+    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "336KiB"]
     with running_fleet(tiny.base, tmp_path, tiny.adapters, scheduler=over_admit, gpu_worker=few_pages) as fleet:
         async with AsyncClient(fleet.gateway.address) as client:
-            answers = await all_at_once(client, prompts)
+            answers = await asyncio.gather(*(greedy_tokens(client, name, tiny.prompts[name]) for name in names))
         worker = fleet.workers[0]
         assert metric(worker, "loraplex_worker_preemptions_total") > 0
         assert assert_books_balance(worker).memory.kv_pages == 0
-    assert answers == {name: tiny.answers[name] for name in prompts}
+    assert answers == [tiny.answers[name] for name in names]
 
 
 async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny: TinyModel, fleet: Fleet) -> None:

@@ -1,0 +1,61 @@
+# `make demo` shows the system at work, `make test` proves it; each sets up what is missing.
+
+# Any Python from 3.11 on. TORCH is installed first and alone: a looser range would resolve to another build.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BUF_VERSION := 1.75.0
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+STUBS := loraplex/v1/types_pb2.py
+BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
+BASELINE := released/v1.txtpb
+
+.DEFAULT_GOAL := help
+.PHONY: help install stubs demo run demo-model check test tools release-protos clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Create .venv and install the tree into it; quick when nothing changed
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt '$(TORCH)'
+	$(BIN)/pip install -c constraints.txt -e '.[server,worker,test]'
+	touch $@
+
+stubs: $(STUBS) ## Generate the typed gRPC stubs into loraplex/v1
+
+$(STUBS): $(wildcard protos/loraplex/v1/*.proto) protos/generate.py | $(INSTALLED)
+	$(BIN)/python protos/generate.py
+
+demo: install stubs ## Start the four services, stream from every demo adapter at once, check the answers, stop
+	$(BIN)/python -m examples.demo
+
+run: install stubs ## Serve the demo model and its adapters until Ctrl-C
+	$(BIN)/loraplex up --model examples/demo_model/base --adapters examples/demo_model/adapters
+
+demo-model: install ## Train the demo model and its adapters again (up to an hour on two cores)
+	$(BIN)/python examples/demo_model/train.py
+
+check: install stubs tools ## Lint, types, import rules, protos
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BUF) lint && ../$(BUF) format -d --exit-code && ../$(BUF) breaking --against $(BASELINE)
+
+test: install stubs ## Run the tests on two processes; ARGS goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(ARGS)
+
+tools: $(BUF) ## Install buf into ./tools (needs npm)
+
+$(BUF):
+	npm install --prefix tools/buf-$(BUF_VERSION) --no-save --no-package-lock --no-audit --no-fund @bufbuild/buf@$(BUF_VERSION)
+
+release-protos: tools ## Make today's protos the released set that `buf breaking` guards
+	cd protos && ../$(BUF) build --exclude-source-info -o $(BASELINE)
+
+clean: ## Remove stubs, build output and caches; keeps .venv and tools
+	rm -rf build dist *.egg-info loraplex/v1/*_pb2* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './tools/*' -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""The client for programs with an event loop; the same calls as `loraplex.client`."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from loraplex import requests, results
+from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling
+from loraplex.requests import GenerateOptions, ProgressCallback, Prompt
+from loraplex.results import Adapter, Delta, Generation, Model, PushResult
+from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+
+
+class AsyncClient:
+    """Talks to one gateway at `HOST:PORT` from one event loop. Every call raises `LoraplexError`.
+
+    Connects on the first call. `close()`, or leaving the `async with` block, ends the streams that are still open.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._gateway = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self.adapters = AsyncAdapters(adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel), address)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        adapter: str = "",
+        *,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """As `Client.generate`. Cancelling the task cancels the request."""
+        request = requests.generate_request(prompt, adapter, options)
+        with calling(self.address, request_id) as metadata:
+            response = await self._gateway.Generate(request, timeout=timeout, metadata=metadata)
+        return results.generation(response)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        adapter: str = "",
+        *,
+        timeout: float | None = None,
+        request_id: str = "",
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Delta, None]:
+        """As `Client.stream`: `async for delta in client.stream(...)`.
+
+        A loop that leaves early should close the generator (`contextlib.aclosing`), which cancels the request; an
+        abandoned one is cancelled when it is collected.
+        """
+        request = requests.generate_request(prompt, adapter, options)
+        return self._deltas(request, timeout, request_id)
+
+    async def _deltas(
+        self, request: gateway_pb2.GenerateRequest, timeout: float | None, request_id: str
+    ) -> AsyncGenerator[Delta, None]:
+        with calling(self.address, request_id) as metadata:
+            call = self._gateway.GenerateStream(request, timeout=timeout, metadata=metadata)
+            try:
+                async for response in call:
+                    for delta in results.deltas(response):
+                        yield delta
+            finally:
+                call.cancel()
+
+    async def models(self, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> tuple[Model, ...]:
+        """As `Client.models`."""
+        found: list[Model] = []
+        request = gateway_pb2.ListModelsRequest()
+        while True:
+            with calling(self.address) as metadata:
+                response = await self._gateway.ListModels(request, timeout=timeout, metadata=metadata)
+            found += map(results.model, response.models)
+            if not response.next_page_token:
+                return tuple(found)
+            request.page_token = response.next_page_token
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class AsyncAdapters:
+    """The adapters behind a gateway: `client.adapters`. Every call raises `LoraplexError`; timeouts are in seconds."""
+
+    def __init__(self, store: "adapter_store_pb2_grpc.AdapterStoreServiceAsyncStub", address: str) -> None:
+        self._store = store
+        self._address = address
+
+    async def push(
+        self,
+        adapter_id: str,
+        folder: str | Path,
+        *,
+        replace: bool = False,
+        expected_version: str = "",
+        on_progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> PushResult:
+        """As `Adapters.push`. Files are read, and `on_progress` is called, on another thread."""
+        upload = requests.Upload(
+            adapter_id, Path(folder), replace=replace, expected_version=expected_version, on_progress=on_progress
+        )
+        with calling(self._address) as metadata:
+            response = await self._store.UploadAdapter(_off_loop(upload), timeout=timeout, metadata=metadata)
+        return results.push_result(response)
+
+    async def list(self, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> tuple[Adapter, ...]:
+        """As `Adapters.list`."""
+        found: tuple[Adapter, ...] = ()
+        request = adapter_store_pb2.ListAdaptersRequest()
+        while True:
+            with calling(self._address) as metadata:
+                response = await self._store.ListAdapters(request, timeout=timeout, metadata=metadata)
+            found += tuple(map(results.adapter, response.adapters))
+            if not response.next_page_token:
+                return found
+            request.page_token = response.next_page_token
+
+    async def delete(
+        self, adapter_id: str, *, expected_version: str = "", timeout: float | None = DEFAULT_TIMEOUT_SECONDS
+    ) -> str:
+        """As `Adapters.delete`."""
+        request = adapter_store_pb2.DeleteAdapterRequest(adapter_id=adapter_id, expected_version=expected_version)
+        with calling(self._address) as metadata:
+            response = await self._store.DeleteAdapter(request, timeout=timeout, metadata=metadata)
+        return response.adapter_version
+
+
+async def _off_loop(upload: requests.Upload) -> AsyncIterator[adapter_store_pb2.UploadAdapterRequest]:
+    messages = upload.messages()
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

@@ -1,0 +1,52 @@
+"""What the sub-commands share: the gateway option, tables, and a progress line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from loraplex.calls import DEFAULT_ADDRESS
+
+GATEWAY_VARIABLE = "LORAPLEX_GATEWAY"
+DIGEST_CHARACTERS = 12
+
+
+def gateway_option() -> argparse.ArgumentParser:
+    """A parent parser with `--gateway`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--gateway",
+        metavar="HOST:PORT",
+        default=os.environ.get(GATEWAY_VARIABLE, DEFAULT_ADDRESS),
+        help=f"the gateway to talk to [%(default)s; set by {GATEWAY_VARIABLE}]",
+    )
+    return parser
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Left-aligned columns, two spaces apart."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class ProgressLine:
+    """A line on standard error that is written over; nothing where that is not a terminal."""
+
+    def __init__(self, output: TextIO | None = None) -> None:
+        self._output = output or sys.stderr
+        self._shown = self._output.isatty()
+
+    def show(self, text: str) -> None:
+        if self._shown:
+            self._output.write(f"\r\x1b[K{text}")
+            self._output.flush()
+
+    def clear(self) -> None:
+        self.show("")

@@ -1,0 +1,134 @@
+"""What the clients send: options to protobuf, folders to upload messages."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from google.protobuf.message import Message
+
+from loraplex.errors import InvalidArgument
+from loraplex.v1 import adapter_store_pb2, gateway_pb2, types_pb2
+
+# Text, or token ids.
+Prompt = str | Sequence[int]
+# Called with (bytes sent so far, bytes in all).
+ProgressCallback = Callable[[int, int], None]
+
+UPLOAD_CHUNK_BYTES = 1024 * 1024
+
+_UPLOAD_FILES = (
+    ("adapter_config.json", adapter_store_pb2.ADAPTER_FILE_CONFIG),
+    ("adapter_model.safetensors", adapter_store_pb2.ADAPTER_FILE_WEIGHTS),
+    ("chat_template.jinja", adapter_store_pb2.ADAPTER_FILE_CHAT_TEMPLATE),
+)
+_OPTIONAL_FILES = frozenset({"chat_template.jinja"})
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a generation; what is left out has the default in brackets. Out of range is InvalidArgument."""
+
+    adapter_version: str  # digest of the version to use [what the id points to now]
+    temperature: float  # 0 to 10, 0 is greedy [1.0]
+    top_p: float  # above 0 up to 1 [1.0, off]
+    top_k: int  # 0 (off) up to the vocabulary size [0]
+    min_p: float  # 0 (off) to 1, relative to the most likely token [0]
+    seed: int  # of the draw [drawn by the gateway, returned in the answer]
+    presence_penalty: float  # -2 to 2 [0]
+    frequency_penalty: float  # -2 to 2 [0]
+    repetition_penalty: float  # above 0 up to 10 [1.0, off]
+    logit_bias: Mapping[int, float]  # token id to -100 to 100, at most 1,024
+    max_tokens: int  # 1 up to the context [128]
+    min_tokens: int  # nothing ends the output before [0]
+    stop: Sequence[str]  # at most 16 strings of at most 256 characters
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    include_stop: bool  # keeps the matched stop string in the text
+    return_token_ids: bool
+    priority: int  # higher goes first within the tenant [0]
+    ttft_slo_seconds: float  # target for the first token
+
+
+_GROUPS = ("sampling", "stopping", "output", "scheduling")
+
+
+def generate_request(prompt: Prompt, adapter: str, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
+    """The message of one generation. Raises InvalidArgument for an option that does not exist or does not fit."""
+    request = gateway_pb2.GenerateRequest(adapter_id=adapter)
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.CopyFrom(types_pb2.TokenIds(ids=prompt))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("BAD_PROMPT", f"a prompt is text or a list of token ids: {error}") from None
+    for name, value in options.items():
+        try:
+            _set(_group_of(request, name), name, value)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidArgument("BAD_OPTION", f"{name}={value!r}: {error}") from None
+    return request
+
+
+def _group_of(request: gateway_pb2.GenerateRequest, name: str) -> Message:
+    """The message that has the option as a field."""
+    if name not in GenerateOptions.__annotations__:
+        raise TypeError(f"no such option; there are {', '.join(GenerateOptions.__annotations__)}")
+    groups: list[Message] = [getattr(request, group) for group in _GROUPS]
+    return next((group for group in groups if name in group.DESCRIPTOR.fields_by_name), request)
+
+
+def _set(message: Message, name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        getattr(message, name).update(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        getattr(message, name).extend(value)
+    else:
+        setattr(message, name, value)
+
+
+class Upload:
+    """The messages of one upload: a header, then each file in chunks of at most 1 MiB.
+
+    Raises InvalidArgument when the folder lacks a file of a PEFT adapter.
+    """
+
+    def __init__(
+        self,
+        adapter_id: str,
+        folder: Path,
+        *,
+        replace: bool = False,
+        expected_version: str = "",
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self._header = adapter_store_pb2.UploadHeader(
+            adapter_id=adapter_id, replace=replace, expected_version=expected_version
+        )
+        self._files = [(folder / name, kind) for name, kind in _UPLOAD_FILES if _wanted(folder, name)]
+        self._total_bytes = sum(path.stat().st_size for path, _ in self._files)
+        self._on_progress = on_progress
+
+    def messages(self) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
+        yield adapter_store_pb2.UploadAdapterRequest(header=self._header)
+        sent_bytes = 0
+        for path, kind in self._files:
+            with path.open("rb") as file:
+                while data := file.read(UPLOAD_CHUNK_BYTES):
+                    chunk = adapter_store_pb2.UploadChunk(file=kind, data=data)
+                    yield adapter_store_pb2.UploadAdapterRequest(chunk=chunk)
+                    sent_bytes += len(data)
+                    if self._on_progress:
+                        self._on_progress(sent_bytes, self._total_bytes)
+
+
+def _wanted(folder: Path, name: str) -> bool:
+    if (folder / name).is_file():
+        return True
+    if name in _OPTIONAL_FILES:
+        return False
+    if not folder.is_dir():
+        raise InvalidArgument("ADAPTER_FOLDER_MISSING", f"{folder} is not a folder")
+    message = f"{folder} has no {name}"
+    if name.endswith(".safetensors") and (folder / "adapter_model.bin").exists():
+        message += "; adapter_model.bin is not accepted, save the adapter as safetensors"
+    raise InvalidArgument("ADAPTER_FILE_MISSING", message)

@@ -1,0 +1,82 @@
+"""The scheduler's figures. Labels hold the base model's name and values fixed in code, never a client's string."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from scheduler.core.model import Offer, Reason
+
+WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+DECISION_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.1)
+# Until the first worker has said which model it serves.
+UNKNOWN_MODEL = "unknown"
+
+
+class SchedulerMetrics:
+    """Gauges of the queue and the fleet, counters and histograms of the decisions, in seconds and tokens."""
+
+    def __init__(self, registry: CollectorRegistry, oldest_age_seconds: Callable[[], float]) -> None:
+        """`oldest_age_seconds` is called from the thread that renders."""
+
+        def name(suffix: str) -> str:
+            return f"loraplex_scheduler_{suffix}"
+
+        self.model = ""
+        self._oldest_age_seconds = oldest_age_seconds
+        self._queued_requests = Gauge(
+            name("queued_requests"), "Requests that no worker has", ("model",), registry=registry
+        )
+        self._queued_tokens = Gauge(
+            name("queued_tokens"), "Their prompts plus max_tokens", ("model",), registry=registry
+        )
+        self._oldest_age = Gauge(
+            name("oldest_request_age_seconds"), "How long the oldest of them waits", ("model",), registry=registry
+        )
+        self._workers = Gauge(name("workers"), "Registered workers", ("state",), registry=registry)
+        self._dispatched = Counter(
+            name("dispatch_total"), "Offers by why the worker was chosen", ("reason",), registry=registry
+        )
+        self._queue_wait = Histogram(
+            name("queue_wait_seconds"),
+            "From submission to the offer, by where the worker had the adapter",
+            ("model", "residency"),
+            registry=registry,
+            buckets=WAIT_BUCKETS,
+        )
+        self.decision_seconds = Histogram(
+            name("decision_seconds"), "One call of schedule()", registry=registry, buckets=DECISION_BUCKETS
+        )
+        self.residency_gaps = Counter(
+            name("residency_sync_gap_total"),
+            "Missing changes of residency: the worker registers anew",
+            registry=registry,
+        )
+        for reason in Reason:
+            self._dispatched.labels(reason.value)
+        self.set_model(UNKNOWN_MODEL)
+        self.set_workers(0, 0)
+
+    def set_model(self, model: str) -> None:
+        """The base model's name, from now on."""
+        if model == self.model:
+            return
+        gauges = (self._queued_requests, self._queued_tokens, self._oldest_age)
+        for gauge in gauges:
+            if self.model:
+                gauge.remove(self.model)
+            gauge.labels(model)
+        self.model = model
+        self._oldest_age.labels(model).set_function(self._oldest_age_seconds)
+
+    def set_queue(self, num_requests: int, num_tokens: int) -> None:
+        self._queued_requests.labels(self.model).set(num_requests)
+        self._queued_tokens.labels(self.model).set(num_tokens)
+
+    def set_workers(self, num_ready: int, num_draining: int) -> None:
+        self._workers.labels("ready").set(num_ready)
+        self._workers.labels("draining").set(num_draining)
+
+    def offered(self, offer: Offer) -> None:
+        residency = offer.tier.value if offer.tier else "none"
+        self._dispatched.labels(offer.reason.value).inc()
+        self._queue_wait.labels(self.model, residency).observe(offer.queued_seconds)

@@ -1,0 +1,157 @@
+"""A gateway of a few lines: it answers from a script and keeps what it was asked."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from loraplex.v1 import (
+    adapter_store_pb2,
+    adapter_store_pb2_grpc,
+    gateway_pb2,
+    gateway_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+    types_pb2,
+)
+
+KNOWN_ADAPTERS = ("alpha", "beta", "gamma")
+HOLD_SECONDS = 10.0
+
+
+def status(code: int, reason: str, message: str, *, retry_after_seconds: float | None = None) -> status_pb2.Status:
+    """As the services write it: ErrorInfo, and RetryInfo where a retry may help."""
+    details = [error_details_pb2.ErrorInfo(reason=reason, domain="loraplex", metadata={"limit": "8"})]
+    if retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(retry_after_seconds * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code, message=message, details=packed)
+
+
+def _abort(context: Any, failure: status_pb2.Status) -> NoReturn:
+    context.abort_with_status(rpc_status.to_status(failure))
+    raise AssertionError("abort returns only by raising")
+
+
+class FakeGateway:
+    """Answers a prompt with its words, one message each.
+
+    `failure` fails every call, a stream after `words_before_failure`. With `holds_streams` a stream stops after its
+    first word until the client leaves.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.request_ids: list[str] = []
+        self.failure: status_pb2.Status | None = None
+        self.words_before_failure = 0
+        self.serving = True
+        self.holds_streams = False
+        self.stream_ended = Event()
+
+    def _note(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.request_ids.append(dict(context.invocation_metadata()).get("x-request-id", ""))
+        if self.failure and not self.words_before_failure:
+            _abort(context, self.failure)
+
+    def Generate(self, request: gateway_pb2.GenerateRequest, context: Any) -> gateway_pb2.GenerateResponse:
+        self._note(request, context)
+        output = gateway_pb2.Output(text=request.text.upper(), token_ids=[5, 6])
+        output.finish.reason = types_pb2.FINISH_REASON_STOP
+        usage = types_pb2.Usage(prompt_tokens=3, completion_tokens=2)
+        return gateway_pb2.GenerateResponse(
+            request_id=self.request_ids[-1], adapter_version="digest", seed=7, outputs=[output], usage=usage
+        )
+
+    def GenerateStream(
+        self, request: gateway_pb2.GenerateRequest, context: Any
+    ) -> Iterator[gateway_pb2.GenerateResponse]:
+        self._note(request, context)
+        context.add_callback(self.stream_ended.set)
+        words = request.text.split()
+        for offset, word in enumerate(words):
+            if self.failure and offset == self.words_before_failure:
+                _abort(context, self.failure)
+            output = gateway_pb2.Output(text=word, token_offset=offset)
+            response = gateway_pb2.GenerateResponse(request_id=self.request_ids[-1], outputs=[output])
+            if offset == len(words) - 1:
+                response.outputs[0].finish.reason = types_pb2.FINISH_REASON_LENGTH
+                response.usage.completion_tokens = len(words)
+            yield response
+            if self.holds_streams:
+                self.stream_ended.wait(HOLD_SECONDS)
+
+    def ListModels(self, request: gateway_pb2.ListModelsRequest, context: Any) -> gateway_pb2.ListModelsResponse:
+        """The base model, then one adapter a page."""
+        self._note(request, context)
+        index = int(request.page_token or 0)
+        names = ["", *KNOWN_ADAPTERS]
+        model = gateway_pb2.Model(adapter_id=names[index], base_model="tiny", max_context_tokens=128)
+        following = str(index + 1) if index + 1 < len(names) else ""
+        return gateway_pb2.ListModelsResponse(models=[model], next_page_token=following)
+
+    def UploadAdapter(self, request_iterator: Any, context: Any) -> adapter_store_pb2.UploadAdapterResponse:
+        messages = list(request_iterator)
+        self._note(messages, context)
+        adapter = adapter_store_pb2.Adapter(adapter_id=messages[0].header.adapter_id, adapter_version="digest")
+        return adapter_store_pb2.UploadAdapterResponse(adapter=adapter, created=True, warnings=["a warning"])
+
+    def ListAdapters(
+        self, request: adapter_store_pb2.ListAdaptersRequest, context: Any
+    ) -> adapter_store_pb2.ListAdaptersResponse:
+        """One adapter a page."""
+        self._note(request, context)
+        index = int(request.page_token or 0)
+        adapter = adapter_store_pb2.Adapter(adapter_id=KNOWN_ADAPTERS[index], packed_bytes=2**20)
+        following = str(index + 1) if index + 1 < len(KNOWN_ADAPTERS) else ""
+        return adapter_store_pb2.ListAdaptersResponse(adapters=[adapter], next_page_token=following)
+
+    def DeleteAdapter(
+        self, request: adapter_store_pb2.DeleteAdapterRequest, context: Any
+    ) -> adapter_store_pb2.DeleteAdapterResponse:
+        self._note(request, context)
+        return adapter_store_pb2.DeleteAdapterResponse(adapter_version="digest")
+
+    def GetState(self, request: scheduler_pb2.GetStateRequest, context: Any) -> scheduler_pb2.GetStateResponse:
+        self._note(request, context)
+        info = scheduler_pb2.WorkerInfo(worker_id="worker-0", state=scheduler_pb2.WORKER_STATE_READY)
+        return scheduler_pb2.GetStateResponse(scheduler_epoch=3, workers=[scheduler_pb2.WorkerSnapshot(info=info)])
+
+    def check_health(self, request: bytes, context: Any) -> bytes:
+        """grpc.health.v1 on the wire: field 1 is SERVING or NOT_SERVING."""
+        return b"\x08\x01" if self.serving else b"\x08\x02"
+
+
+@contextmanager
+def running() -> Iterator[tuple[FakeGateway, str]]:
+    """The fake and its address. What it does not answer is UNIMPLEMENTED."""
+    servicers = (
+        gateway_pb2_grpc.GatewayServiceServicer,
+        adapter_store_pb2_grpc.AdapterStoreServiceServicer,
+        scheduler_pb2_grpc.SchedulerServiceServicer,
+    )
+    fake = type("Servicer", (FakeGateway, *servicers), {})()
+    server = grpc.server(ThreadPoolExecutor(max_workers=8))
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(fake, server)
+    adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(fake, server)
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(fake, server)
+    check = grpc.unary_unary_rpc_method_handler(fake.check_health, bytes, bytes)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield fake, f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()

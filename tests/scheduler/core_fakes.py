@@ -1,0 +1,231 @@
+"""Peers of the core without a wire: a worker with a page pool, and makers of events."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from scheduler.core.model import (
+    Abort,
+    Capacity,
+    Command,
+    Ending,
+    Hello,
+    Identity,
+    Key,
+    Offer,
+    Progress,
+    Report,
+    Request,
+    RequestState,
+    Residency,
+    Tier,
+)
+from scheduler.core.pages import peak_pages
+from scheduler.core.scheduler import Scheduler
+from scheduler.core.settings import Settings
+
+EPOCH = 1000
+IDENTITY = Identity("base", "tokenizer", {"num_layers": 2, "max_context_tokens": 4096})
+
+
+def make_request(
+    request_id: str, adapter: str = "", *, prompt: int = 8, max_tokens: int = 8, attempt: int = 0, **fields: Any
+) -> Request:
+    defaults: dict[str, Any] = {"gateway_id": "g", "adapter_bytes": 100 if adapter else 0, "payload": request_id}
+    key = Key(request_id, attempt, "default")
+    return Request(key=key, adapter=adapter, prompt_tokens=prompt, max_tokens=max_tokens, **(defaults | fields))
+
+
+def make_hello(
+    worker_id: str = "w0",
+    *,
+    num_pages: int = 64,
+    max_sequences: int = 16,
+    in_flight: tuple[Progress, ...] = (),
+    resident: tuple[Residency, ...] = (),
+    identity: Identity = IDENTITY,
+) -> Hello:
+    capacity = Capacity(num_pages=num_pages, page_bytes=50, page_size=4, max_sequences=max_sequences)
+    return Hello(worker_id, capacity, identity, in_flight, resident)
+
+
+def make_scheduler(**settings: Any) -> Scheduler:
+    """Starts at time 0 with gateway `g` connected, and places at once."""
+    scheduler = Scheduler(Settings(**({"recovery_seconds": 0.0} | settings)), EPOCH, 0.0)
+    scheduler.gateway_connected("g")
+    return scheduler
+
+
+@dataclass
+class Sequence:
+    """One request on a simulated worker."""
+
+    request: Request
+    order_key: int
+    # Tokens it will generate before it ends by itself.
+    length: int
+    generated: int = 0
+    running: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.request.prompt_tokens + self.generated
+
+
+@dataclass
+class SimulatedWorker:
+    """Admits in order of the keys while pages last, adds a token to each sequence a step, preempts the youngest."""
+
+    worker_id: str
+    num_pages: int = 64
+    page_size: int = 4
+    max_sequences: int = 8
+    # Fraction of max_tokens that is really generated.
+    length_ratio: float = 1.0
+    epoch: int = 0
+    applied_seq: int = 0
+    sequences: dict[Key, Sequence] = field(default_factory=dict)
+    inbox: list[tuple[int, Command]] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)
+    preemptions: int = 0
+    _progress: list[Progress] = field(default_factory=list)
+    _residency: list[Residency] = field(default_factory=list)
+    _resident: set[str] = field(default_factory=set)
+    _changes: int = 0
+
+    def hello(self) -> Hello:
+        """Everything it holds; what it had not reported yet is in it."""
+        self.inbox.clear()
+        self._progress.clear()
+        self._residency.clear()
+        in_flight = tuple(self._state(sequence) for sequence in self.sequences.values())
+        resident = tuple(Residency(adapter, Tier.PAGES, 2) for adapter in sorted(self._resident))
+        return make_hello(
+            self.worker_id,
+            num_pages=self.num_pages,
+            max_sequences=self.max_sequences,
+            in_flight=in_flight,
+            resident=resident,
+        )
+
+    def apply_inbox(self) -> None:
+        """Applies what has arrived. Fails unless the numbers have no gap."""
+        for epoch, command in self.inbox:
+            if epoch != self.epoch:
+                assert epoch > self.epoch
+                self.epoch, self.applied_seq = epoch, 0
+            assert command.seq == self.applied_seq + 1
+            self.applied_seq = command.seq
+            action = command.action
+            if isinstance(action, Offer):
+                self._offer(action)
+            else:
+                self._abort(action)
+        self.inbox.clear()
+
+    def step(self) -> list[Key]:
+        """Applies commands, admits, generates a token for each running sequence; returns the keys that finished."""
+        self.apply_inbox()
+        for sequence in self._in_order():
+            if not sequence.running and not self._admit(sequence):
+                break
+        for sequence in reversed(self._in_order()):
+            while sequence.running and self._pages_next() > self.num_pages:
+                self._preempt()
+        finished = []
+        for sequence in self._in_order():
+            if sequence.running:
+                sequence.generated += 1
+                if sequence.generated >= sequence.length:
+                    finished.append(sequence.request.key)
+                    self._end(sequence, Ending.FINISHED)
+        return finished
+
+    def revoke(self) -> Key | None:
+        """Gives back a sequence that has never run."""
+        waiting = [s for s in self._in_order() if not s.running and not s.generated]
+        if not waiting:
+            return None
+        self._end(waiting[-1], Ending.REVOKED)
+        return waiting[-1].request.key
+
+    def report(self) -> Report:
+        report = Report(self.epoch, self.applied_seq, tuple(self._progress), tuple(self._residency))
+        self._progress.clear()
+        self._residency.clear()
+        return report
+
+    def _offer(self, offer: Offer) -> None:
+        request = offer.request
+        assert request.key not in self.sequences
+        length = max(1, round(self.length_ratio * request.max_tokens))
+        sequence = Sequence(request, request.order_key, length)
+        self.sequences[request.key] = sequence
+        self._progress.append(self._state(sequence))
+
+    def _abort(self, abort: Abort) -> None:
+        if sequence := self.sequences.get(abort.key):
+            self._end(sequence, Ending.FINISHED)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        adapter = sequence.request.adapter
+        sequence.running = True
+        if self._pages_next() > self.num_pages or self._num_running() > self.max_sequences:
+            sequence.running = False
+            return False
+        if adapter and adapter not in self._resident:
+            self._resident.add(adapter)
+            self.loads.append(adapter)
+            self._changes += 1
+            self._residency.append(Residency(adapter, Tier.PAGES, 2, self._changes))
+        self._progress.append(self._state(sequence))
+        return True
+
+    def _preempt(self) -> None:
+        youngest = [sequence for sequence in self._in_order() if sequence.running][-1]
+        youngest.running = False
+        self.preemptions += 1
+        self._progress.append(self._state(youngest))
+
+    def _end(self, sequence: Sequence, ending: Ending) -> None:
+        del self.sequences[sequence.request.key]
+        self._progress.append(Progress(sequence.request.key, ending, sequence.request.adapter))
+
+    def _state(self, sequence: Sequence) -> Progress:
+        request = sequence.request
+        if sequence.running:
+            return Progress(request.key, RequestState.RUNNING, request.adapter, sequence.tokens)
+        state = RequestState.PREEMPTED if sequence.generated else RequestState.WAITING
+        return Progress(request.key, state, request.adapter)
+
+    def _in_order(self) -> list[Sequence]:
+        return sorted(self.sequences.values(), key=lambda sequence: sequence.order_key)
+
+    def _num_running(self) -> int:
+        return sum(sequence.running for sequence in self.sequences.values())
+
+    def _pages_next(self) -> int:
+        """Pages after one more token of each running sequence, its adapters included."""
+        running = [sequence for sequence in self.sequences.values() if sequence.running]
+        adapters = {sequence.request.adapter for sequence in running} - {""}
+        kv = sum(-(-(sequence.tokens + 1) // self.page_size) for sequence in running)
+        return kv + 2 * len(adapters)
+
+
+def simulated_peak(sequences: list[tuple[int, int]], page_size: int) -> int:
+    """`peak_pages` by brute force: step by step until all have ended."""
+    peak, step = 0, 0
+    while alive := [held + step for held, coming in sequences if step <= coming]:
+        peak = max(peak, sum(-(-tokens // page_size) for tokens in alive))
+        step += 1
+    return peak
+
+
+def estimated_pages(scheduler: Scheduler, worker_id: str) -> int:
+    """The peak of what the worker has, adapters included, by brute force, for output_estimate_ratio 1."""
+    worker = scheduler.fleet.get(worker_id)
+    assert worker is not None
+    pairs = [(request.held_tokens, request.coming_tokens(1.0)) for request in worker.requests.values()]
+    adapters = {request.adapter: worker.adapter_pages(request) for request in worker.requests.values()}
+    peak = simulated_peak(pairs, worker.capacity.page_size)
+    assert peak == peak_pages(pairs, worker.capacity.page_size)
+    return peak + sum(adapters.values())

@@ -208,6 +208,26 @@ class Blobs:
         """A file of an object. Raises OSError when it is missing."""
         return open_existing(self._path(digest) / name)
 
+    def object_dir(self, digest: str) -> Path:
+        return self._path(digest)
+
+    def put_derived(self, made: Path, target: Path) -> None:
+        """Moves a folder made in staging to its place, unless one is there."""
+        sync_folder(made)
+        if not target.exists():
+            made.rename(target)
+
+    def drop_derived(self, digest: str) -> None:
+        """Removes what was made of an object; it is made again when it is asked for."""
+        self.remove(self.derived_dir(digest))
+
+    def remove(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def reserve_bytes(self) -> int:
+        return self._limits.reserve_bytes
+
     def derived_dir(self, digest: str) -> Path:
         """A folder for what is made of an object; goes with it."""
         if not is_digest(digest):

@@ -62,10 +62,10 @@ class RedisRegistry(IndexedRegistry):
         self._follower = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
-        if self._follower is not None:
+        while self._follower is not None and not self._follower.done():
+            # Again and again: a cancellation that meets a timeout inside the Redis client is lost.
             self._follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._follower
+            await asyncio.wait([self._follower], timeout=_FIRST_BACKOFF_SECONDS)
         await self._link.close()
         await super().close()
 

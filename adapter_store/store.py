@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from adapter_store.base import ServedBase
 from adapter_store.blobs import Blobs, StagedAdapter
 from adapter_store.clock import Clock
+from adapter_store.derive import Form, open_form
 from adapter_store.failpoints import failpoint
 from adapter_store.metrics import StoreMetrics
-from adapter_store.packed_reader import PackedReader
+from adapter_store.packed_reader import PackedReader, damaged
 from adapter_store.registry import ABSENT, Alias, Registry, Version, WrongVersionError
 from adapter_store.validation import Admitted, admit
-from common.errors import AlreadyExists, Conflict, LoraplexError, NotFound, ResourceExhausted, Unavailable
+from common.errors import AlreadyExists, Conflict, DataLoss, LoraplexError, NotFound, ResourceExhausted, Unavailable
+from loraplex.v1 import types_pb2
 
 # How late the bytes of a deleted adapter may go after their grace.
 SWEEP_SECONDS = 30.0
@@ -70,6 +72,8 @@ class AdapterStore:
         self._admissions = asyncio.Semaphore(_MAX_ADMISSIONS)
         # An object must not be swept between its rename and the id that points to it.
         self._objects = asyncio.Lock()
+        # Each makes a copy of a whole adapter.
+        self._deriving = asyncio.Lock()
         self._publishing: set[asyncio.Task[tuple[Alias, bool, Admitted]]] = set()
 
     def stage(self) -> StagedAdapter:
@@ -121,15 +125,30 @@ class AdapterStore:
         await self.refresh_metrics()
         return alias
 
-    async def open_packed(self, tenant: str, digest: str, dtype: str) -> PackedReader:
+    async def open_packed(self, tenant: str, digest: str, dtype: str, tp_rank: int, tp_size: int) -> PackedReader:
         """The packed string of a version the tenant holds; the caller closes it. An empty dtype means its own.
 
-        Raises NotFound, Unimplemented for another dtype, DataLoss when the stored bytes are damaged.
+        Raises NotFound, DataLoss when the stored bytes are damaged, FailedPrecondition when the version cannot be had
+        in this dtype or in so many parts.
         """
         version = await self.registry.held(tenant, digest)
         if version is None:
             raise NotFound("ADAPTER_NOT_FOUND", f"adapter version {digest} not found")
-        return await asyncio.to_thread(PackedReader.open, self._blobs, version, dtype or version.dtype)
+        if digest in self._damaged:
+            raise damaged(version)
+        form = Form(dtype or version.dtype, tp_rank, tp_size or 1)
+        if form.is_own(version):
+            return await asyncio.to_thread(open_form, self._blobs, version, form)
+        async with self._deriving:
+            return await asyncio.to_thread(open_form, self._blobs, version, form)
+
+    def found_damaged(self, digest: str, layout: types_pb2.PackedLayout) -> DataLoss:
+        """Bytes just read failed their sha256: they are not served again. Returns the error to raise."""
+        _log.error("stored bytes failed their sha256", extra={"adapter_version": digest, "sha256": layout.sha256})
+        self._metrics.verify_failures.labels("read").inc()
+        self._blobs.drop_derived(digest)
+        self._damaged.add(digest)
+        return DataLoss("ADAPTER_DAMAGED", f"the stored bytes of adapter version {digest} are damaged")
 
     async def sweep(self) -> None:
         """Removes the bytes of versions that nobody has held for the grace. Raises Unavailable as the registry does."""

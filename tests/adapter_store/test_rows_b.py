@@ -183,7 +183,7 @@ async def test_b18_the_reserve_of_the_disk_is_not_used(start_store: StartStore, 
 
 @pytest.mark.parametrize(
     ("option", "limit", "reason"),
-    [("tenant_max_adapters", 2, "QUOTA_ADAPTERS"), ("tenant_max_bytes", 30_000, "QUOTA_BYTES")],
+    [("tenant_max_adapters", 2, "QUOTA_ADAPTERS"), ("tenant_max_bytes", 18_000, "QUOTA_BYTES")],
 )
 async def test_a_tenant_has_a_quota(start_store: StartStore, option: str, limit: int, reason: str) -> None:
     service = await start_store(**{option: limit})

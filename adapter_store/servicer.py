@@ -92,6 +92,19 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         )
         return adapter_to_proto(alias)
 
+    async def ExportAdapter(
+        self, request: pb.ExportAdapterRequest, context: _Context
+    ) -> AsyncIterator[pb.ExportAdapterResponse]:
+        check_tenant(request.tenant)
+        check_adapter_id(request.adapter_id)
+        if request.adapter_version:
+            check_digest(request.adapter_version)
+        alias = await self._store.get(request.tenant, request.adapter_id, request.adapter_version)
+        yield pb.ExportAdapterResponse(adapter=adapter_to_proto(alias))
+        chunks = self._store.export(alias.version)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield pb.ExportAdapterResponse(chunk=chunk)
+
     async def FetchWeights(
         self, request: pb.FetchWeightsRequest, context: _Context
     ) -> AsyncIterator[pb.FetchWeightsResponse]:

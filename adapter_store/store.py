@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -11,12 +11,14 @@ from adapter_store.base import ServedBase
 from adapter_store.blobs import Blobs, StagedAdapter
 from adapter_store.clock import Clock
 from adapter_store.derive import Form, open_form
+from adapter_store.export import export_chunks
 from adapter_store.failpoints import failpoint
 from adapter_store.metrics import StoreMetrics
 from adapter_store.packed_reader import PackedReader, damaged
 from adapter_store.registry import ABSENT, Alias, Registry, Version, WrongVersionError
 from adapter_store.validation import Admitted, admit
 from common.errors import AlreadyExists, Conflict, DataLoss, LoraplexError, NotFound, ResourceExhausted, Unavailable
+from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import types_pb2
 
 # How late the bytes of a deleted adapter may go after their grace.
@@ -141,6 +143,10 @@ class AdapterStore:
             return await asyncio.to_thread(open_form, self._blobs, version, form)
         async with self._deriving:
             return await asyncio.to_thread(open_form, self._blobs, version, form)
+
+    def export(self, version: Version) -> Iterator[pb.UploadChunk]:
+        """The files as they were uploaded; `next` blocks. Raises DataLoss when they are damaged."""
+        return export_chunks(self._blobs, version)
 
     def found_damaged(self, digest: str, layout: types_pb2.PackedLayout) -> DataLoss:
         """Bytes just read failed their sha256: they are not served again. Returns the error to raise."""

@@ -61,6 +61,19 @@ class AdapterStoreProxy(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self._directory.learn(adapter)
         return adapter
 
+    async def ExportAdapter(
+        self, request: adapter_store_pb2.ExportAdapterRequest, context: Any
+    ) -> AsyncIterator[adapter_store_pb2.ExportAdapterResponse]:
+        request.tenant = tenant_of(context)
+        call = self._store.ExportAdapter(request, timeout=context.time_remaining())
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, peer="adapter store") from None
+        finally:
+            call.cancel()
+
     async def FetchWeights(
         self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
     ) -> AsyncIterator[adapter_store_pb2.FetchWeightsResponse]:

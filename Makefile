@@ -12,7 +12,7 @@ BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test tools release-protos clean
+.PHONY: help install stubs demo run demo-model check test fuzz bench-store tools release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,12 @@ check: install stubs tools ## Lint, types, import rules, protos
 
 test: install stubs ## Run the tests on two processes; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(ARGS)
+
+fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
+	$(BIN)/python -m tests.fuzz --seconds 600
+
+bench-store: install stubs ## Measure the adapter store; one JSON line last
+	$(BIN)/python -m benchmarks.store
 
 tools: $(BUF) ## Install buf into ./tools (needs npm)
 

@@ -13,7 +13,7 @@ BASELINE := released/v1.txtpb
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients tools release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench-store tools release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from No
 $(NODE_EXAMPLE): examples/node/package.json
 	npm install --prefix examples/node --no-package-lock --no-audit --no-fund
 	touch $@
+
+fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
+	$(BIN)/python -m tests.fuzz --seconds 600
+
+bench-store: install stubs ## Measure the adapter store; one JSON line last
+	$(BIN)/python -m benchmarks.store
 
 tools: $(BUF) ## Install buf into ./tools (needs npm)
 

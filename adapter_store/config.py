@@ -17,6 +17,18 @@ class StoreConfig(ServiceConfig):
     delete_grace_seconds: float = option(
         3600.0, help="how long the bytes of a deleted adapter stay; longer than any deadline"
     )
+    disk_reserve_bytes: int = option(256 * 1024**2, help="bytes of the disk that uploads leave free")
+    tenant_max_adapters: int = option(0, help="most ids of one tenant; 0 sets no limit")
+    tenant_max_bytes: int = option(0, help="most bytes on disk that the ids of one tenant point to; 0 sets no limit")
+    redis: str = option(
+        "", help="redis://HOST:PORT/DB, rediss:// or unix://; several stores may share a volume then; empty: SQLite"
+    )
+    redis_prefix: str = option("loraplex", help="what the names of all keys begin with")
+    redis_username: str = option("", help="ACL user; empty: the default user")
+    redis_password_file: Path | None = option(None, help="file that holds the password of that user")
+    redis_tls_ca: Path | None = option(None, help="PEM file of the authority that signed the server's certificate")
+    redis_tls_cert: Path | None = option(None, help="PEM file of this client's certificate")
+    redis_tls_key: Path | None = option(None, help="PEM file of this client's key")
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the option that is out of range."""
@@ -24,3 +36,8 @@ class StoreConfig(ServiceConfig):
             raise ValueError(f"max_adapter_bytes is {self.max_adapter_bytes}; it must be at least 1")
         if not self.delete_grace_seconds >= 0:
             raise ValueError(f"delete_grace_seconds is {self.delete_grace_seconds}; it must not be negative")
+        for name in ("disk_reserve_bytes", "tenant_max_adapters", "tenant_max_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if "@" in self.redis:
+            raise ValueError("redis holds credentials; give them in redis_username and redis_password_file")

@@ -2,12 +2,21 @@
 
 from collections.abc import Iterable, Iterator
 
+from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS
 from adapter_store.registry import Alias, Change, Changes
 from common.wire import dtype_to_proto, module_to_proto
 from loraplex.v1 import adapter_store_pb2 as pb
 
 # A receiver takes 4 MiB; a chat template may make one adapter 64 KiB large.
 MAX_RESPONSE_BYTES = 1024 * 1024
+MAX_CHUNK_BYTES = 1024 * 1024
+
+# In the order in which they are given back.
+FILES = {
+    pb.ADAPTER_FILE_CONFIG: CONFIG,
+    pb.ADAPTER_FILE_WEIGHTS: WEIGHTS,
+    pb.ADAPTER_FILE_CHAT_TEMPLATE: CHAT_TEMPLATE,
+}
 
 
 def adapter_to_proto(alias: Alias) -> pb.Adapter:

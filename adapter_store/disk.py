@@ -1,6 +1,7 @@
 """Files that nobody else can have made, and the disk's own failures in the caller's terms."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
+def try_lock(path: Path, *, exclusive: bool) -> FileIO | None:
+    """An open file that holds the lock until it is closed; None while others hold it in another way."""
+    file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Turns a full disk into ResourceExhausted."""
@@ -49,3 +61,15 @@ def disk_errors() -> Iterator[None]:
             raise
         message = "the adapter store's disk is full"
         raise ResourceExhausted("DISK_FULL", message, retry_after_seconds=60.0) from error
+
+
+def check_room(folder: Path, wanted_bytes: int, reserve_bytes: int) -> None:
+    """Raises ResourceExhausted when fewer than `reserve_bytes` would be free after `wanted_bytes` more."""
+    disk = os.statvfs(folder)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes - wanted_bytes < reserve_bytes:
+        message = (
+            f"the adapter store's disk has {free_bytes} bytes free; "
+            f"{wanted_bytes} more would take from the {reserve_bytes} that stay free"
+        )
+        raise ResourceExhausted("DISK_RESERVE", message, retry_after_seconds=60.0)

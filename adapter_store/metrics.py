@@ -1,5 +1,7 @@
 """What the store counts. No label ever holds a string of a client."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _FETCH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -26,8 +28,26 @@ class StoreMetrics:
         self.fetch_bytes = Counter(
             "loraplex_store_fetch_bytes", "Packed bytes sent to workers", ("result",), registry=registry
         )
+        self.verify_failures = Counter(
+            "loraplex_store_verify_failures", "Stored bytes that failed their sha256", ("stage",), registry=registry
+        )
+        self.verify_failures.labels("read")
         for result in ("ok", "duplicate"):
             self.uploads.labels(result, "")
         for result in ("ok", "broken"):
             self.fetch_seconds.labels(result)
             self.fetch_bytes.labels(result)
+
+
+class RedisMetrics:
+    """How the store's Redis is, as this process sees it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.up = Gauge("loraplex_redis_up", "1 while Redis answers", registry=registry)
+        self.errors = Counter("loraplex_redis_errors", "Failed calls of Redis by kind", ("error",), registry=registry)
+        age = Gauge("loraplex_store_index_age_seconds", "Time since the index was up to Redis", registry=registry)
+        age.set_function(lambda: time.monotonic() - self._synced)
+        self._synced = time.monotonic()
+
+    def synced(self) -> None:
+        self._synced = time.monotonic()

@@ -1,15 +1,21 @@
-"""Reads the packed string of one version from a mapping of its file."""
+"""Reads one packed string from a mapping of its file, and knows whether the bytes are those once written."""
 
+import hashlib
 import mmap
 from io import FileIO
+from pathlib import Path
 
-from adapter_store.blobs import Blobs
+from adapter_store.disk import open_existing
 from adapter_store.packed import layout_name, packed_name, parse_layout
 from adapter_store.registry import Version
-from common.errors import DataLoss, Unimplemented
+from common.errors import DataLoss
 from loraplex.v1 import types_pb2
 
 _AHEAD_BYTES = 4 * 1024 * 1024
+
+
+def damaged(version: Version) -> DataLoss:
+    return DataLoss("ADAPTER_DAMAGED", f"the stored bytes of adapter version {version.digest} are damaged")
 
 
 class PackedReader:
@@ -19,22 +25,21 @@ class PackedReader:
         self.layout = layout
         self._file = file
         self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._digest = hashlib.sha256()
+        self._hashed_bytes = 0
 
     @classmethod
-    def open(cls, blobs: Blobs, version: Version, dtype: str) -> "PackedReader":
-        """Raises Unimplemented for a dtype other than the version's, DataLoss when a file is missing or cut."""
-        if dtype != version.dtype:
-            message = f"the adapter is stored in {version.dtype}; this release does not convert it to {dtype}"
-            raise Unimplemented("DTYPE_UNSUPPORTED", message)
+    def open(cls, directory: Path, version: Version, dtype: str) -> "PackedReader":
+        """Raises DataLoss when a file of the folder is missing or cut."""
         try:
-            with blobs.open(version.digest, layout_name(dtype)) as file:
+            with open_existing(directory / layout_name(dtype)) as file:
                 layout = parse_layout(file.read())
-            packed = blobs.open(version.digest, packed_name(dtype))
-        except OSError as error:
-            raise _damaged(version) from error
+            packed = open_existing(directory / packed_name(dtype))
+        except (OSError, ValueError) as error:
+            raise damaged(version) from error
         if packed.seek(0, 2) != layout.total_bytes:
             packed.close()
-            raise _damaged(version)
+            raise damaged(version)
         return cls(layout, packed)
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -51,10 +56,20 @@ class PackedReader:
             self._mapped.madvise(mmap.MADV_WILLNEED, end, min(_AHEAD_BYTES, len(self._mapped) - end))
         return data
 
+    def hash(self, offset_bytes: int, data: bytes) -> None:
+        """Takes in bytes that were read; those before them are read for it if they were not. Blocks."""
+        while self._hashed_bytes < offset_bytes:
+            before = self.read(self._hashed_bytes, min(_AHEAD_BYTES, offset_bytes - self._hashed_bytes))
+            self._digest.update(before)
+            self._hashed_bytes += len(before)
+        self._digest.update(data)
+        self._hashed_bytes += len(data)
+
+    def is_intact(self) -> bool:
+        """Whether all bytes have the sha256 of when they were written. Blocks."""
+        self.hash(len(self._mapped), b"")
+        return self._digest.hexdigest() == self.layout.sha256
+
     def close(self) -> None:
         self._mapped.close()
         self._file.close()
-
-
-def _damaged(version: Version) -> DataLoss:
-    return DataLoss("ADAPTER_DAMAGED", f"the stored bytes of adapter version {version.digest} are damaged")

@@ -124,15 +124,22 @@ class Registry(Protocol):
     def stop_waiting(self) -> None:
         """Ends all present and future waits."""
 
+    async def refresh(self) -> None:
+        """Takes in what other stores changed."""
+
     async def release(self, before: float) -> None:
         """Ends the hold of ids on versions they no longer point to since before that time."""
 
     async def garbage(self) -> list[str]:
         """Versions that nobody holds."""
 
-    async def forget(self, digest: str) -> None:
-        """Removes a version that nobody holds."""
+    async def forget(self, digest: str) -> bool:
+        """Removes a version that nobody holds; false when somebody changed something meanwhile."""
 
-    async def totals(self) -> Totals: ...
+    async def totals(self, tenant: str = "") -> Totals:
+        """Of one tenant: what its ids point to, counted for each id. Empty: ids of all, and versions stored."""
+
+    async def open(self) -> None:
+        """Raises OSError when the registry cannot be had."""
 
     async def close(self) -> None: ...

@@ -4,14 +4,18 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 
 from adapter_store.base import read_base
-from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS, Blobs
+from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS, Blobs, DiskLimits
 from adapter_store.clock import Clock, SystemClock
 from adapter_store.config import StoreConfig
-from adapter_store.metrics import StoreMetrics
+from adapter_store.manifest import Manifest
+from adapter_store.metrics import RedisMetrics, StoreMetrics
 from adapter_store.peft_config import MAX_CONFIG_BYTES
+from adapter_store.redis_link import RedisAddress, RedisLink
+from adapter_store.redis_registry import RedisRegistry
+from adapter_store.registry import Registry
 from adapter_store.servicer import AdapterStoreServicer
 from adapter_store.sqlite_registry import SqliteRegistry
-from adapter_store.store import AdapterStore
+from adapter_store.store import AdapterStore, Policy
 from common.server import Server, announce, until_signal
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
@@ -37,12 +41,13 @@ class StoreService:
         Raises OSError when the folder, the registry or a port cannot be had; nothing is left open then.
         """
         async with AsyncExitStack() as undo:
-            blobs, registry = await self._open(undo)
             self.server = Server(self._config)
             undo.push_async_callback(self.server.grpc.stop, None)
+            blobs, registry = await self._open(undo)
             metrics = StoreMetrics(self.server.registry)
-            grace = self._config.delete_grace_seconds
-            self.store = AdapterStore(registry, blobs, self._base, metrics, self._clock, grace)
+            config = self._config
+            policy = Policy(config.delete_grace_seconds, config.tenant_max_adapters, config.tenant_max_bytes)
+            self.store = AdapterStore(registry, blobs, self._base, metrics, self._clock, policy)
             await self.store.refresh_metrics()
             servicer = AdapterStoreServicer(self.store, metrics)
             adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(servicer, self.server.grpc)
@@ -58,19 +63,38 @@ class StoreService:
         """Ends watches, drains calls, finishes uploads that are being published, closes."""
         await self._undo.aclose()
 
-    async def _open(self, undo: AsyncExitStack) -> tuple[Blobs, SqliteRegistry]:
-        limits = {
+    async def _open(self, undo: AsyncExitStack) -> tuple[Blobs, Registry]:
+        config = self._config
+        file_bytes = {
             CONFIG: MAX_CONFIG_BYTES,
-            WEIGHTS: self._config.max_adapter_bytes,
+            WEIGHTS: config.max_adapter_bytes,
             CHAT_TEMPLATE: MAX_CHAT_TEMPLATE_BYTES,
         }
-        blobs = Blobs(self._config.data_dir, limits)
+        blobs = Blobs(config.data_dir, DiskLimits(file_bytes, config.disk_reserve_bytes), shared=bool(config.redis))
         await asyncio.to_thread(blobs.start)
         undo.callback(blobs.close)
-        registry = SqliteRegistry(self._config.data_dir / "adapters.db")
+        manifest = Manifest(config.data_dir, blobs.staging)
+        await asyncio.to_thread(manifest.start)
+        index_path = blobs.instance_dir / "adapters.db"
+        registry: Registry = SqliteRegistry(index_path, manifest)
+        if config.redis:
+            link, redis_metrics = RedisLink(_address(config)), RedisMetrics(self.server.registry)
+            registry = RedisRegistry(link, index_path, manifest, redis_metrics)
         await registry.open()
         undo.push_async_callback(registry.close)
         return blobs, registry
+
+
+def _address(config: StoreConfig) -> RedisAddress:
+    return RedisAddress(
+        config.redis,
+        prefix=config.redis_prefix,
+        username=config.redis_username,
+        password_file=config.redis_password_file,
+        tls_ca=config.redis_tls_ca,
+        tls_cert=config.redis_tls_cert,
+        tls_key=config.redis_tls_key,
+    )
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -10,9 +10,10 @@ import grpc
 from adapter_store.convert import adapter_to_proto, changes_to_proto, page_to_proto
 from adapter_store.metrics import StoreMetrics
 from adapter_store.names import check_adapter_id, check_digest, check_tenant
+from adapter_store.packed_reader import PackedReader
 from adapter_store.store import AdapterStore
 from adapter_store.upload import read_target, receive
-from common.errors import InvalidArgument, LoraplexError, Unimplemented
+from common.errors import InvalidArgument, LoraplexError
 from common.wire import dtype_from_proto
 from loraplex.v1 import adapter_store_pb2 as pb
 from loraplex.v1 import adapter_store_pb2_grpc, types_pb2
@@ -20,6 +21,7 @@ from loraplex.v1 import adapter_store_pb2_grpc, types_pb2
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 FETCH_CHUNK_BYTES = 1024 * 1024
+MAX_TP_SIZE = 64
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -90,6 +92,19 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         )
         return adapter_to_proto(alias)
 
+    async def ExportAdapter(
+        self, request: pb.ExportAdapterRequest, context: _Context
+    ) -> AsyncIterator[pb.ExportAdapterResponse]:
+        check_tenant(request.tenant)
+        check_adapter_id(request.adapter_id)
+        if request.adapter_version:
+            check_digest(request.adapter_version)
+        alias = await self._store.get(request.tenant, request.adapter_id, request.adapter_version)
+        yield pb.ExportAdapterResponse(adapter=adapter_to_proto(alias))
+        chunks = self._store.export(alias.version)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield pb.ExportAdapterResponse(chunk=chunk)
+
     async def FetchWeights(
         self, request: pb.FetchWeightsRequest, context: _Context
     ) -> AsyncIterator[pb.FetchWeightsResponse]:
@@ -97,7 +112,9 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         check_digest(request.adapter_version)
         _check_shard(request)
         started, result, sent_bytes = time.monotonic(), "broken", 0
-        reader = await self._store.open_packed(request.tenant, request.adapter_version, _dtype(request))
+        reader = await self._store.open_packed(
+            request.tenant, request.adapter_version, _dtype(request), request.tp_rank, request.tp_size
+        )
         try:
             total_bytes = reader.layout.total_bytes
             if request.offset_bytes > total_bytes:
@@ -105,7 +122,11 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 raise InvalidArgument("OFFSET_INVALID", message, field="offset_bytes")
             yield pb.FetchWeightsResponse(layout=reader.layout)
             for offset in range(request.offset_bytes, total_bytes, FETCH_CHUNK_BYTES):
-                data = reader.read(offset, FETCH_CHUNK_BYTES)
+                data = await asyncio.to_thread(_read_and_hash, reader, offset)
+                last = offset + len(data) == total_bytes
+                if last and not reader.is_intact():
+                    # Without its end nobody takes it for whole.
+                    raise self._store.found_damaged(request.adapter_version, reader.layout)
                 yield pb.FetchWeightsResponse(chunk=pb.FetchWeightsChunk(offset_bytes=offset, data=data))
                 sent_bytes += len(data)
             result = "ok"
@@ -119,24 +140,29 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         if request.tenant:
             check_tenant(request.tenant)
-        missed = await self._store.registry.changes(request.tenant, request.after_sequence)
-        for response in changes_to_proto(missed):
-            yield response
-        yield pb.WatchAdaptersResponse(caught_up=True)
-        through = missed.through
+        through, caught_up = request.after_sequence, False
         while True:
-            await self._store.registry.wait(through)
-            live = await self._store.registry.changes(request.tenant, through)
-            for response in changes_to_proto(live):
+            found = await self._store.registry.changes(request.tenant, through)
+            for response in changes_to_proto(found):
                 yield response
-            through = live.through
+            if found.resync or not caught_up:
+                caught_up = True
+                yield pb.WatchAdaptersResponse(caught_up=True)
+            through = found.through
+            await self._store.registry.wait(through)
+
+
+def _read_and_hash(reader: PackedReader, offset_bytes: int) -> bytes:
+    data = reader.read(offset_bytes, FETCH_CHUNK_BYTES)
+    reader.hash(offset_bytes, data)
+    return data
 
 
 def _check_shard(request: pb.FetchWeightsRequest) -> None:
-    if request.tp_size > 1:
-        message = f"tp_size is {request.tp_size}; this release serves whole adapters only (0 or 1)"
-        raise Unimplemented("TENSOR_PARALLEL_UNSUPPORTED", message)
-    if request.tp_rank > 0:
+    if request.tp_size > MAX_TP_SIZE:
+        message = f"tp_size is {request.tp_size}; the limit is {MAX_TP_SIZE}"
+        raise InvalidArgument("TP_SIZE_INVALID", message, field="tp_size")
+    if request.tp_rank >= max(1, request.tp_size):
         message = f"tp_rank is {request.tp_rank}; it must be below tp_size"
         raise InvalidArgument("TP_RANK_INVALID", message, field="tp_rank")
 

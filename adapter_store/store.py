@@ -2,21 +2,32 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from adapter_store.base import ServedBase
 from adapter_store.blobs import Blobs, StagedAdapter
 from adapter_store.clock import Clock
+from adapter_store.derive import Form, open_form
+from adapter_store.export import export_chunks
+from adapter_store.failpoints import failpoint
 from adapter_store.metrics import StoreMetrics
-from adapter_store.packed_reader import PackedReader
+from adapter_store.packed_reader import PackedReader, damaged
 from adapter_store.registry import ABSENT, Alias, Registry, Version, WrongVersionError
 from adapter_store.validation import Admitted, admit
-from common.errors import AlreadyExists, Conflict, NotFound
+from common.errors import AlreadyExists, Conflict, DataLoss, LoraplexError, NotFound, ResourceExhausted, Unavailable
+from loraplex.v1 import adapter_store_pb2 as pb
+from loraplex.v1 import types_pb2
 
 # How late the bytes of a deleted adapter may go after their grace.
 SWEEP_SECONDS = 30.0
 # Admission holds weights in memory: this many at a time.
 _MAX_ADMISSIONS = 2
+# How long, and how often, a publisher tries while another store removes objects from the same volume.
+_VOLUME_SECONDS = 5.0
+_VOLUME_RETRY_SECONDS = 0.005
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +42,15 @@ class Target:
     replace: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How long deleted bytes stay, and what one tenant may have; 0 sets no limit."""
+
+    delete_grace_seconds: float
+    tenant_max_adapters: int = 0
+    tenant_max_bytes: int = 0
+
+
 class AdapterStore:
     """Publishes, finds, moves and removes adapters. Tenants are verified by the caller."""
 
@@ -41,17 +61,21 @@ class AdapterStore:
         base: ServedBase | None,
         metrics: StoreMetrics,
         clock: Clock,
-        delete_grace_seconds: float,
+        policy: Policy,
     ) -> None:
         self.registry = registry
         self._blobs = blobs
         self._base = base
         self._metrics = metrics
         self._clock = clock
-        self._delete_grace_seconds = delete_grace_seconds
+        self._policy = policy
+        # Versions whose stored bytes failed their sha256: not served again, and replaced by the next upload.
+        self._damaged: set[str] = set()
         self._admissions = asyncio.Semaphore(_MAX_ADMISSIONS)
         # An object must not be swept between its rename and the id that points to it.
         self._objects = asyncio.Lock()
+        # Each makes a copy of a whole adapter.
+        self._deriving = asyncio.Lock()
         self._publishing: set[asyncio.Task[tuple[Alias, bool, Admitted]]] = set()
 
     def stage(self) -> StagedAdapter:
@@ -91,7 +115,7 @@ class AdapterStore:
 
     async def set_alias(self, tenant: str, adapter_id: str, expected_version: str, digest: str) -> Alias:
         """Points the id to a version the tenant holds. Raises NotFound for the version, Conflict for the id."""
-        async with self._objects:
+        async with self._objects, self._volume():
             if await self.registry.held(tenant, digest) is None:
                 raise NotFound("ADAPTER_NOT_FOUND", f"adapter version {digest} not found")
             try:
@@ -103,24 +127,45 @@ class AdapterStore:
         await self.refresh_metrics()
         return alias
 
-    async def open_packed(self, tenant: str, digest: str, dtype: str) -> PackedReader:
+    async def open_packed(self, tenant: str, digest: str, dtype: str, tp_rank: int, tp_size: int) -> PackedReader:
         """The packed string of a version the tenant holds; the caller closes it. An empty dtype means its own.
 
-        Raises NotFound, Unimplemented for another dtype, DataLoss when the stored bytes are damaged.
+        Raises NotFound, DataLoss when the stored bytes are damaged, FailedPrecondition when the version cannot be had
+        in this dtype or in so many parts.
         """
         version = await self.registry.held(tenant, digest)
         if version is None:
             raise NotFound("ADAPTER_NOT_FOUND", f"adapter version {digest} not found")
-        return await asyncio.to_thread(PackedReader.open, self._blobs, version, dtype or version.dtype)
+        if digest in self._damaged:
+            raise damaged(version)
+        form = Form(dtype or version.dtype, tp_rank, tp_size or 1)
+        if form.is_own(version):
+            return await asyncio.to_thread(open_form, self._blobs, version, form)
+        async with self._deriving:
+            return await asyncio.to_thread(open_form, self._blobs, version, form)
+
+    def export(self, version: Version) -> Iterator[pb.UploadChunk]:
+        """The files as they were uploaded; `next` blocks. Raises DataLoss when they are damaged."""
+        return export_chunks(self._blobs, version)
+
+    def found_damaged(self, digest: str, layout: types_pb2.PackedLayout) -> DataLoss:
+        """Bytes just read failed their sha256: they are not served again. Returns the error to raise."""
+        _log.error("stored bytes failed their sha256", extra={"adapter_version": digest, "sha256": layout.sha256})
+        self._metrics.verify_failures.labels("read").inc()
+        self._blobs.drop_derived(digest)
+        self._damaged.add(digest)
+        return DataLoss("ADAPTER_DAMAGED", f"the stored bytes of adapter version {digest} are damaged")
 
     async def sweep(self) -> None:
-        """Removes the bytes of versions that nobody has held for the grace."""
-        await self.registry.release(self._clock.now() - self._delete_grace_seconds)
+        """Removes the bytes of versions that nobody has held for the grace. Raises Unavailable as the registry does."""
+        await self.registry.release(self._clock.now() - self._policy.delete_grace_seconds)
         async with self._objects:
-            for digest in await self.registry.garbage():
-                await asyncio.to_thread(self._blobs.delete, digest)
-                await self.registry.forget(digest)
-                _log.info("removed an adapter version", extra={"adapter_version": digest})
+            sweeping = self._blobs.begin_sweep()
+            if sweeping is not None:
+                try:
+                    await self._remove_garbage()
+                finally:
+                    sweeping.close()
         await self.refresh_metrics()
 
     async def sweep_forever(self) -> None:
@@ -128,6 +173,8 @@ class AdapterStore:
         while True:
             try:
                 await self.sweep()
+            except LoraplexError as error:
+                _log.warning("no sweep: %s", error.message)
             except Exception:
                 _log.exception("a sweep failed")
             await self._clock.sleep(SWEEP_SECONDS)
@@ -148,20 +195,68 @@ class AdapterStore:
         try:
             async with self._admissions:
                 admitted = await asyncio.to_thread(admit, staged, self._base)
-            async with self._objects:
+            async with self._objects, self._volume():
                 current = await self.registry.get(target.tenant, target.adapter_id)
-                if current is not None and current.version.digest == admitted.version.digest:
+                digest = admitted.version.digest
+                same = current is not None and current.version.digest == digest
+                if same and current is not None and digest not in self._damaged:
                     return current, False, admitted
+                if not same:
+                    await self._check_quota(target.tenant, current, admitted.version)
                 alias = await self._point(staged, target, admitted.version)
         finally:
             await asyncio.to_thread(staged.discard)
+        failpoint("after-metadata")
         await self.refresh_metrics()
         return alias, True, admitted
 
+    async def _remove_garbage(self) -> None:
+        await self.registry.refresh()
+        for digest in await self.registry.garbage():
+            if await self.registry.forget(digest):
+                await asyncio.to_thread(self._blobs.delete, digest)
+                self._damaged.discard(digest)
+                _log.info("removed an adapter version", extra={"adapter_version": digest})
+
+    @asynccontextmanager
+    async def _volume(self) -> AsyncIterator[None]:
+        """While it lasts no other store removes objects. Raises Unavailable when one has been at it for long."""
+        deadline = time.monotonic() + _VOLUME_SECONDS
+        while (publishing := self._blobs.begin_publish()) is None:
+            if time.monotonic() > deadline:
+                message = "another adapter store is sweeping the same volume"
+                raise Unavailable("VOLUME_BUSY", message, retry_after_seconds=1.0)
+            await asyncio.sleep(_VOLUME_RETRY_SECONDS)
+        try:
+            yield
+        finally:
+            publishing.close()
+
+    async def _check_quota(self, tenant: str, current: Alias | None, version: Version) -> None:
+        """Raises ResourceExhausted when the tenant would have more than it may."""
+        policy = self._policy
+        if not policy.tenant_max_adapters and not policy.tenant_max_bytes:
+            return
+        totals = await self.registry.totals(tenant)
+        adapters = totals.adapters + (current is None)
+        stored_bytes = totals.stored_bytes + version.stored_bytes
+        if current is not None:
+            stored_bytes -= current.version.stored_bytes
+        for what, wanted, limit in (
+            ("adapters", adapters, policy.tenant_max_adapters),
+            ("bytes", stored_bytes, policy.tenant_max_bytes),
+        ):
+            if 0 < limit < wanted:
+                message = f"the tenant would have {wanted} {what}; its quota is {limit}"
+                raise ResourceExhausted(f"QUOTA_{what.upper()}", message, metadata={"limit": str(limit)})
+
     async def _point(self, staged: StagedAdapter, target: Target, version: Version) -> Alias:
         """Known to the registry, then on disk, then visible: a crash in between leaves garbage that a sweep finds."""
+        damaged = version.digest in self._damaged
         await self.registry.add_version(version)
-        await asyncio.to_thread(self._blobs.publish, staged, version.digest)
+        await asyncio.to_thread(self._blobs.publish, staged, version.digest, damaged=damaged)
+        self._damaged.discard(version.digest)
+        failpoint("before-metadata")
         expected = None if target.replace else target.expected_version or ABSENT
         try:
             return await self.registry.point(

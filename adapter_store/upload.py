@@ -3,19 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS, StagedAdapter
+from adapter_store.blobs import StagedAdapter
+from adapter_store.convert import FILES, MAX_CHUNK_BYTES
 from adapter_store.names import check_adapter_id, check_digest, check_tenant
 from adapter_store.store import Target
 from common.errors import InvalidArgument
 from loraplex.v1 import adapter_store_pb2 as pb
-
-MAX_CHUNK_BYTES = 1024 * 1024
-
-_FILES = {
-    pb.ADAPTER_FILE_CONFIG: CONFIG,
-    pb.ADAPTER_FILE_WEIGHTS: WEIGHTS,
-    pb.ADAPTER_FILE_CHAT_TEMPLATE: CHAT_TEMPLATE,
-}
 
 
 async def read_target(requests: AsyncIterator[pb.UploadAdapterRequest]) -> Target:
@@ -40,7 +33,7 @@ async def receive(requests: AsyncIterator[pb.UploadAdapterRequest], staged: Stag
         if not request.HasField("chunk"):
             raise InvalidArgument("CHUNK_MISSING", "every message after the header must be a chunk", field="chunk")
         chunk = request.chunk
-        name = _FILES.get(chunk.file)
+        name = FILES.get(chunk.file)
         if name is None:
             message = f"file is {int(chunk.file)}; only the config, the weights and the chat template are taken"
             raise InvalidArgument("FILE_UNKNOWN", message, field="chunk.file")

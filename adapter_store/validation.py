@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from adapter_store.base import ServedBase
 from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS, StagedAdapter
 from adapter_store.effects import MeasuredWeights
+from adapter_store.manifest import write_version
 from adapter_store.modules import pair_tensors
 from adapter_store.packed import write_packed
 from adapter_store.peft_config import AdapterConfig, parse_config
@@ -27,7 +28,9 @@ class Admitted:
 
 
 def admit(staged: StagedAdapter, base: ServedBase | None) -> Admitted:
-    """Checks the sealed files and writes the packed string beside them. Blocks; holds one module in memory at a time.
+    """Checks the sealed files, and writes the packed string and the manifest beside them.
+
+    Blocks; holds one module in memory at a time.
 
     Raises InvalidArgument naming what is wrong, FailedPrecondition when the adapter does not fit `base`,
     ResourceExhausted when the disk is full.
@@ -43,6 +46,7 @@ def admit(staged: StagedAdapter, base: ServedBase | None) -> Admitted:
         layout = plan([module.spec for module in modules], tensors[0].dtype)
         if base is not None:
             _check_base(layout, base)
+        staged.check_room(layout.total_bytes)
         measured = MeasuredWeights(file, modules)
         layout = write_packed(staged.directory, layout, measured)
     version = Version(
@@ -55,6 +59,7 @@ def admit(staged: StagedAdapter, base: ServedBase | None) -> Admitted:
         modules=measured.effects(),
         chat_template=chat_template,
     )
+    write_version(staged.directory, version, staged.sha256)
     return Admitted(version, tuple(_warnings(version, base)))
 
 

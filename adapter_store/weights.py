@@ -25,7 +25,7 @@ _MAX_DEPTH = 3
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # numpy has no bfloat16: its bits travel as unsigned integers.
-_ELEMENTS = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
+ELEMENTS = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
 
 Array = npt.NDArray[np.generic]
 
@@ -80,7 +80,7 @@ def read_tensor(file: BinaryIO, tensor: TensorInfo) -> Array:
     """The elements `[rows, columns]`; bfloat16 as uint16."""
     file.seek(tensor.start)
     rows, columns = tensor.shape
-    data = np.fromfile(file, dtype=_ELEMENTS[tensor.dtype], count=rows * columns)
+    data = np.fromfile(file, dtype=ELEMENTS[tensor.dtype], count=rows * columns)
     if data.size != rows * columns:
         _refuse(f"the file ends inside the tensor {tensor.name}")
     return data.reshape(rows, columns)

@@ -1,7 +1,8 @@
 """The outermost layer of every server: request ids in, opaque errors out.
 
 No text of an unexpected exception reaches a caller, a request that does not parse is INVALID_ARGUMENT, and a
-`CancelledError` that leaks from an inner task ends the call instead of hanging it.
+`CancelledError` that leaks from an inner task ends the call instead of hanging it. A client that is still sending when
+it is refused is heard out for a while, so that it sees the status.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import inspect
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 
 import grpc
@@ -21,6 +22,8 @@ from common.logs import request_id_var
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_CHARACTERS = 128
+# How long a client whose stream is refused may go on sending before it is cut off.
+READ_ON_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,8 @@ def _guard_unary(inner: Any, method: str, request_id: str) -> Any:
         try:
             return await inner(_prepared(request), context)
         except BaseException as error:
+            if isinstance(error, Exception):
+                await _read_on(request)
             await _abort(error, method, request_id, context)
 
     return call
@@ -131,6 +136,15 @@ def _guard_stream(inner: Any, method: str, request_id: str) -> Any:
             await _abort(error, method, request_id, context)
 
     return call
+
+
+async def _read_on(request: Any) -> None:
+    """Takes what a refused client is still sending: one whose message cannot be sent may not see the status."""
+    if hasattr(request, "__aiter__"):
+        with suppress(TimeoutError, grpc.RpcError, grpc.aio.UsageError):
+            async with asyncio.timeout(READ_ON_SECONDS):
+                async for _ in request:
+                    pass
 
 
 async def _abort(error: BaseException, method: str, request_id: str, context: Any) -> NoReturn:

@@ -61,6 +61,34 @@ class ModuleSpec:
     out_features: int
 
 
+# Split by output features among tensor-parallel ranks, A replicated; the others are split by input features, B
+# replicated: the partial sums of LoRA ride in the base's own reduction.
+COLUMN_PARALLEL = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+
+
+def shard_spec(spec: ModuleSpec, tp_rank: int, tp_size: int) -> ModuleSpec:
+    """The part of a module that rank `tp_rank` of `tp_size` has. Raises ValueError when it does not divide."""
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank is {tp_rank}; it must be below tp_size, which is {tp_size}")
+    name = "out_features" if spec.module in COLUMN_PARALLEL else "in_features"
+    features = spec.out_features if spec.module in COLUMN_PARALLEL else spec.in_features
+    if features % tp_size:
+        raise ValueError(f"{name} of {spec.module} is {features}, which {tp_size} ranks do not divide evenly")
+    if spec.module in COLUMN_PARALLEL:
+        return replace(spec, out_features=features // tp_size)
+    return replace(spec, in_features=features // tp_size)
+
+
+def shard(
+    spec: ModuleSpec, a: npt.NDArray[np.generic], b: npt.NDArray[np.generic], tp_rank: int, tp_size: int
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+    """A `[lora_rank, in_features]` and B `[out_features, lora_rank]` of the whole module -> those of one rank."""
+    part = shard_spec(spec, tp_rank, tp_size)
+    if spec.module in COLUMN_PARALLEL:
+        return a, b[tp_rank * part.out_features : (tp_rank + 1) * part.out_features]
+    return a[:, tp_rank * part.in_features : (tp_rank + 1) * part.in_features], b
+
+
 def row_units(features: int, dtype: str) -> int:
     """Units of 128 bytes that one row of `features` elements takes."""
     return -(-features * ELEMENT_BYTES[dtype] // UNIT_BYTES)

@@ -91,7 +91,7 @@ class Gateway:
             limits=DeliveryLimits(self._config.write_stall_seconds, self._config.max_message_bytes),
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, self.server.grpc)
-        proxy = AdapterStoreProxy(self._store_channel)
+        proxy = AdapterStoreProxy(self._store_channel, self._directory)
         adapter_store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(proxy, self.server.grpc)
 
     async def _follow_readiness(self) -> None:

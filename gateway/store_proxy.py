@@ -1,19 +1,17 @@
 """AdapterStoreService for users: passed on to the store with the verified tenant in place of the one in the request."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from common.errors import LoraplexError, PermissionDenied, Unavailable, from_rpc_error
+from common.errors import PermissionDenied, Unavailable, from_rpc_error
+from gateway.directory import AdapterDirectory
 from gateway.identity import tenant_of
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc
 
 RETRY_SECONDS = 1.0
-# How long a refused upload may go on before the client is cut off.
-DISCARD_SECONDS = 5.0
 
 _Response = TypeVar("_Response")
 _UploadCall = grpc.aio.StreamUnaryCall[adapter_store_pb2.UploadAdapterRequest, adapter_store_pb2.UploadAdapterResponse]
@@ -22,8 +20,10 @@ _UploadCall = grpc.aio.StreamUnaryCall[adapter_store_pb2.UploadAdapterRequest, a
 class AdapterStoreProxy(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
     """The users' one door to the adapter store."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, directory: AdapterDirectory) -> None:
+        """`directory` learns at once what is changed here: who changed it may name it in the next request."""
         self._store = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+        self._directory = directory
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapter_store_pb2.UploadAdapterRequest], context: Any
@@ -31,10 +31,9 @@ class AdapterStoreProxy(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         call = self._store.UploadAdapter(timeout=context.time_remaining())
         try:
             await _forward(request_iterator, call, tenant_of(context))
-            return await _answer(call)
-        except LoraplexError:
-            await _discard(request_iterator)
-            raise
+            response = await _answer(call)
+            self._directory.learn(response.adapter)
+            return response
         finally:
             call.cancel()
 
@@ -52,11 +51,28 @@ class AdapterStoreProxy(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: adapter_store_pb2.DeleteAdapterRequest, context: Any
     ) -> adapter_store_pb2.DeleteAdapterResponse:
         request.tenant = tenant_of(context)
-        return await _answer(self._store.DeleteAdapter(request, timeout=context.time_remaining()))
+        response = await _answer(self._store.DeleteAdapter(request, timeout=context.time_remaining()))
+        self._directory.unlearn(request.tenant, request.adapter_id, response.adapter_version)
+        return response
 
     async def SetAlias(self, request: adapter_store_pb2.SetAliasRequest, context: Any) -> adapter_store_pb2.Adapter:
         request.tenant = tenant_of(context)
-        return await _answer(self._store.SetAlias(request, timeout=context.time_remaining()))
+        adapter = await _answer(self._store.SetAlias(request, timeout=context.time_remaining()))
+        self._directory.learn(adapter)
+        return adapter
+
+    async def ExportAdapter(
+        self, request: adapter_store_pb2.ExportAdapterRequest, context: Any
+    ) -> AsyncIterator[adapter_store_pb2.ExportAdapterResponse]:
+        request.tenant = tenant_of(context)
+        call = self._store.ExportAdapter(request, timeout=context.time_remaining())
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, peer="adapter store") from None
+        finally:
+            call.cancel()
 
     async def FetchWeights(
         self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
@@ -92,14 +108,6 @@ async def _forward(
                 raise Unavailable("ADAPTER_STORE_UNAVAILABLE", message, retry_after_seconds=RETRY_SECONDS) from None
             return
     await call.done_writing()
-
-
-async def _discard(requests: AsyncIterator[adapter_store_pb2.UploadAdapterRequest]) -> None:
-    """Reads what the client is still sending: a client whose message cannot be sent may not see the status."""
-    with contextlib.suppress(TimeoutError, LoraplexError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            async for _ in requests:
-                pass
 
 
 async def _answer(call: Awaitable[_Response]) -> _Response:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from loraplex import requests, results
+from loraplex import folders, requests, results
 from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
 from loraplex.errors import LoraplexError
 from loraplex.requests import ChatMessage, GenerateOptions, ProgressCallback, Prompt
@@ -174,6 +175,35 @@ class AsyncAdapters:
             if not response.next_page_token:
                 return found
             request.page_token = response.next_page_token
+
+    async def get(self, adapter_id: str, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> Adapter:
+        """As `Adapters.get`."""
+        request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        with calling(self._address) as metadata:
+            return results.adapter(await self._store.GetAdapter(request, timeout=timeout, metadata=metadata))
+
+    async def set_alias(
+        self,
+        adapter_id: str,
+        adapter_version: str,
+        *,
+        expected_version: str = "",
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> Adapter:
+        """As `Adapters.set_alias`."""
+        request = adapter_store_pb2.SetAliasRequest(
+            adapter_id=adapter_id, adapter_version=adapter_version, expected_version=expected_version
+        )
+        with calling(self._address) as metadata:
+            return results.adapter(await self._store.SetAlias(request, timeout=timeout, metadata=metadata))
+
+    async def export(self, adapter_id: str, folder: str | Path, *, timeout: float | None = None) -> None:
+        """As `Adapters.export`. Files are written on another thread."""
+        request = adapter_store_pb2.ExportAdapterRequest(adapter_id=adapter_id)
+        with calling(self._address) as metadata, closing(folders.FolderWriter(Path(folder))) as writer:
+            async for response in self._store.ExportAdapter(request, timeout=timeout, metadata=metadata):
+                await asyncio.to_thread(writer.add, response)
+            writer.finish()
 
     async def delete(
         self, adapter_id: str, *, expected_version: str = "", timeout: float | None = DEFAULT_TIMEOUT_SECONDS

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from loraplex import requests, results
+from loraplex import folders, requests, results
 from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
 from loraplex.errors import LoraplexError
 from loraplex.requests import ChatMessage, GenerateOptions, ProgressCallback, Prompt
@@ -152,16 +153,25 @@ class Adapters:
         replace: bool = False,
         expected_version: str = "",
         on_progress: ProgressCallback | None = None,
+        plain_files: bool = False,
         timeout: float | None = None,
     ) -> PushResult:
         """Uploads a PEFT folder: `adapter_config.json`, `adapter_model.safetensors`, and `chat_template.jinja` if any.
 
         The same bytes again are a no-op. Other bytes under an id that exists raise AlreadyExists, unless `replace` is
         set or `expected_version` is the digest the id points to now (Conflict when it is not).
-        `on_progress(sent_bytes, total_bytes)` is called after each chunk, on another thread.
+        `on_progress(sent_bytes, total_bytes)` is called after each chunk, on another thread. `plain_files` refuses
+        links, special and sparse files, and weights in formats that run code: for folders that others made.
         """
+        if plain_files:
+            folders.check_folder(Path(folder))
         upload = requests.Upload(
-            adapter_id, Path(folder), replace=replace, expected_version=expected_version, on_progress=on_progress
+            adapter_id,
+            Path(folder),
+            replace=replace,
+            expected_version=expected_version,
+            on_progress=on_progress,
+            **({"open_file": folders.open_plain} if plain_files else {}),
         )
         with calling(self._address) as metadata:
             response = self._store.UploadAdapter(upload.messages(), timeout=timeout, metadata=metadata)
@@ -178,6 +188,36 @@ class Adapters:
             if not response.next_page_token:
                 return found
             request.page_token = response.next_page_token
+
+    def get(self, adapter_id: str, *, timeout: float | None = DEFAULT_TIMEOUT_SECONDS) -> Adapter:
+        """What the id points to now. Raises NotFound."""
+        request = adapter_store_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        with calling(self._address) as metadata:
+            return results.adapter(self._store.GetAdapter(request, timeout=timeout, metadata=metadata))
+
+    def set_alias(
+        self,
+        adapter_id: str,
+        adapter_version: str,
+        *,
+        expected_version: str = "",
+        timeout: float | None = DEFAULT_TIMEOUT_SECONDS,
+    ) -> Adapter:
+        """Points the id to a version this caller has under any id. `expected_version` is what it points to now, empty
+        when it must not exist; Conflict when that is not so. Raises NotFound for the version."""
+        request = adapter_store_pb2.SetAliasRequest(
+            adapter_id=adapter_id, adapter_version=adapter_version, expected_version=expected_version
+        )
+        with calling(self._address) as metadata:
+            return results.adapter(self._store.SetAlias(request, timeout=timeout, metadata=metadata))
+
+    def export(self, adapter_id: str, folder: str | Path, *, timeout: float | None = None) -> None:
+        """Writes the adapter's files, as they were uploaded, to a folder that is new or empty. Raises NotFound."""
+        request = adapter_store_pb2.ExportAdapterRequest(adapter_id=adapter_id)
+        with calling(self._address) as metadata, closing(folders.FolderWriter(Path(folder))) as writer:
+            for response in self._store.ExportAdapter(request, timeout=timeout, metadata=metadata):
+                writer.add(response)
+            writer.finish()
 
     def delete(
         self, adapter_id: str, *, expected_version: str = "", timeout: float | None = DEFAULT_TIMEOUT_SECONDS

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
 from google.protobuf.message import Message
 
@@ -19,7 +19,7 @@ ProgressCallback = Callable[[int, int], None]
 
 UPLOAD_CHUNK_BYTES = 1024 * 1024
 
-_UPLOAD_FILES = (
+UPLOAD_FILES = (
     ("adapter_config.json", adapter_store_pb2.ADAPTER_FILE_CONFIG),
     ("adapter_model.safetensors", adapter_store_pb2.ADAPTER_FILE_WEIGHTS),
     ("chat_template.jinja", adapter_store_pb2.ADAPTER_FILE_CHAT_TEMPLATE),
@@ -107,6 +107,10 @@ def _set(message: Message, name: str, value: Any) -> None:
         setattr(message, name, value)
 
 
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
 class Upload:
     """The messages of one upload: a header, then each file in chunks of at most 1 MiB.
 
@@ -121,19 +125,22 @@ class Upload:
         replace: bool = False,
         expected_version: str = "",
         on_progress: ProgressCallback | None = None,
+        open_file: Callable[[Path], BinaryIO] = _open,
     ) -> None:
+        """`open_file` opens each of the files, once."""
         self._header = adapter_store_pb2.UploadHeader(
             adapter_id=adapter_id, replace=replace, expected_version=expected_version
         )
-        self._files = [(folder / name, kind) for name, kind in _UPLOAD_FILES if _wanted(folder, name)]
+        self._files = [(folder / name, kind) for name, kind in UPLOAD_FILES if _wanted(folder, name)]
         self._total_bytes = sum(path.stat().st_size for path, _ in self._files)
         self._on_progress = on_progress
+        self._open_file = open_file
 
     def messages(self) -> Iterator[adapter_store_pb2.UploadAdapterRequest]:
         yield adapter_store_pb2.UploadAdapterRequest(header=self._header)
         sent_bytes = 0
         for path, kind in self._files:
-            with path.open("rb") as file:
+            with self._open_file(path) as file:
                 while data := file.read(UPLOAD_CHUNK_BYTES):
                     chunk = adapter_store_pb2.UploadChunk(file=kind, data=data)
                     yield adapter_store_pb2.UploadAdapterRequest(chunk=chunk)

@@ -129,6 +129,18 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleEffect:
+    """What an adapter does to one module, over all layers that have it. `delta_norm` is that of scaling * B A."""
+
+    module: str
+    num_layers: int
+    min_lora_rank: int
+    max_lora_rank: int
+    parameter_bytes: int
+    delta_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One adapter of the store. `created_at_seconds` counts from the Unix epoch."""
 
@@ -138,6 +150,7 @@ class Adapter:
     max_lora_rank: int
     packed_bytes: int
     created_at_seconds: float
+    modules: tuple[ModuleEffect, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +207,18 @@ def adapter(proto: adapter_store_pb2.Adapter) -> Adapter:
         max_lora_rank=proto.max_lora_rank,
         packed_bytes=proto.packed_bytes,
         created_at_seconds=proto.created_at_seconds,
+        modules=tuple(map(_module_effect, proto.modules)),
+    )
+
+
+def _module_effect(proto: adapter_store_pb2.ModuleEffect) -> ModuleEffect:
+    return ModuleEffect(
+        module=types_pb2.LoraModule.Name(proto.module).removeprefix("LORA_MODULE_").lower(),
+        num_layers=proto.num_layers,
+        min_lora_rank=proto.min_lora_rank,
+        max_lora_rank=proto.max_lora_rank,
+        parameter_bytes=proto.parameter_bytes,
+        delta_norm=proto.delta_norm,
     )
 
 

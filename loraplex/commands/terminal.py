@@ -10,6 +10,7 @@ from loraplex.calls import DEFAULT_ADDRESS
 
 GATEWAY_VARIABLE = "LORAPLEX_GATEWAY"
 DIGEST_CHARACTERS = 12
+BAR_CHARACTERS = 20
 
 
 def gateway_option() -> argparse.ArgumentParser:
@@ -34,6 +35,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def bar(done: int, total: int) -> str:
+    """`[#####...............]` for done / total."""
+    filled = BAR_CHARACTERS * done // max(1, total)
+    return f"[{'#' * filled}{'.' * (BAR_CHARACTERS - filled)}]"
 
 
 class ProgressLine:

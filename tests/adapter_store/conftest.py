@@ -1,7 +1,7 @@
 """A real store on a real socket, its clock in the test's hand."""
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from adapter_store.config import StoreConfig
 from adapter_store.service import StoreService
 from common.channel import connect
 from tests.adapter_store.fakes import FakeClock, StoreClient
+from tests.adapter_store.redis_server import RedisServer
 from tests.adapter_store.tiny_base import write_base
 
 GRACE_SECONDS = 600.0
 
-_tenants = itertools.count()
+_tenants, _prefixes = itertools.count(), itertools.count()
 
 StartStore = Callable[..., Awaitable[StoreService]]
 
@@ -89,3 +90,28 @@ async def shared_channel(shared_service: StoreService) -> AsyncIterator[grpc.aio
 def shared_client(shared_channel: grpc.aio.Channel) -> StoreClient:
     """A tenant of its own for each test."""
     return StoreClient(shared_channel, f"tenant-{next(_tenants)}")
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server for tests that do it no harm; each takes keys of its own. Prints its version."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    print(f"redis-server {server.version}")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_prefix() -> str:
+    """Keys of the test's own."""
+    return f"test-{next(_prefixes)}"
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may kill, pause or spoil."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.stop()

@@ -152,6 +152,21 @@ class StoreClient:
         data = np.frombuffer(b"".join(chunk.data for chunk in chunks), dtype=np.uint8)
         return Fetched(responses[0].layout, data, chunks)
 
+    async def export(
+        self, adapter_id: str, version: str = "", *, tenant: str | None = None
+    ) -> tuple[pb.Adapter, dict[str, bytes]]:
+        request = pb.ExportAdapterRequest(tenant=self._own(tenant), adapter_id=adapter_id, adapter_version=version)
+        names = {kind: name for name, kind in FILES.items()}
+        files: dict[str, bytes] = {}
+        try:
+            first, *rest = [response async for response in self.stub.ExportAdapter(request)]
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, peer="adapter store") from None
+        for response in rest:
+            name = names[response.chunk.file]
+            files[name] = files.get(name, b"") + response.chunk.data
+        return first.adapter, files
+
     async def watch(self, *, tenant: str | None = None, after: int = 0) -> AsyncIterator[pb.WatchAdaptersResponse]:
         """Responses until the caller stops; closing the iterator cancels the call."""
         call = self.stub.WatchAdapters(pb.WatchAdaptersRequest(tenant=self._own(tenant), after_sequence=after))

@@ -6,7 +6,7 @@ import pytest
 import pytest_asyncio
 
 from adapter_store.service import StoreService
-from common.errors import DataLoss, InvalidArgument, Unimplemented
+from common.errors import DataLoss, InvalidArgument
 from loraplex.v1 import types_pb2
 from tests.adapter_store.crafted import Tensors, make_files, make_tensors
 from tests.adapter_store.fakes import MIB, StoreClient
@@ -81,22 +81,10 @@ async def test_the_own_dtype_may_be_named(client: StoreClient) -> None:
     assert fetched.layout.dtype == types_pb2.DTYPE_FLOAT32
 
 
-async def test_another_dtype_is_unimplemented(client: StoreClient) -> None:
-    version = await put(client)
-    with pytest.raises(Unimplemented, match=r"stored in float32; this release does not convert it to bfloat16"):
-        await client.fetch(version, dtype=types_pb2.DTYPE_BFLOAT16)
-
-
 async def test_an_unknown_dtype_is_refused(client: StoreClient) -> None:
     version = await put(client)
     with pytest.raises(InvalidArgument, match="dtype 99 is unknown"):
         await client.fetch(version, dtype=types_pb2.Dtype.ValueType(99))
-
-
-async def test_tensor_parallel_shards_are_unimplemented(client: StoreClient) -> None:
-    version = await put(client)
-    with pytest.raises(Unimplemented, match="tp_size is 2"):
-        await client.fetch(version, tp_size=2)
 
 
 async def test_a_tp_rank_outside_of_its_group_is_refused(client: StoreClient) -> None:

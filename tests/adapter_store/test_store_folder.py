@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapter_store.blobs import CONFIG, WEIGHTS, Blobs, StagedAdapter
+from adapter_store.blobs import CONFIG, WEIGHTS, Blobs, DiskLimits, StagedAdapter
 from adapter_store.disk import create, disk_errors, open_existing, write_all
 from adapter_store.names import is_digest
 from adapter_store.service import StoreService
@@ -22,7 +22,7 @@ from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files, tensor_name
 from tests.adapter_store.fakes import TENANT, StoreClient
 
-LIMITS = {CONFIG: 100, WEIGHTS: 1000}
+LIMITS = DiskLimits({CONFIG: 100, WEIGHTS: 1000})
 
 
 async def test_leftovers_of_a_crash_are_removed_from_staging(start_store: StartStore, data_dir: Path) -> None:
@@ -41,9 +41,18 @@ async def test_a_second_store_on_the_same_folder_is_refused(start_store: StartSt
         await start_store()
 
 
-async def test_a_registry_that_is_no_database_is_said(start_store: StartStore, data_dir: Path) -> None:
-    (data_dir / "staging").mkdir(parents=True)
+async def test_an_index_that_is_no_database_is_made_again(start_store: StartStore, data_dir: Path) -> None:
+    service = await start_store()
+    async with client_of(service) as client:
+        adapter = (await client.upload("a", make_files())).adapter
+    await service.stop()
     (data_dir / "adapters.db").write_bytes(b"not a database" * 100)
+    async with client_of(await start_store()) as client:
+        assert await client.get("a") == adapter
+
+
+async def test_an_index_that_cannot_be_opened_is_said(start_store: StartStore, data_dir: Path) -> None:
+    (data_dir / "adapters.db").mkdir(parents=True)
     with pytest.raises(OSError, match=r"cannot open .*adapters\.db"):
         await start_store()
 
@@ -111,6 +120,7 @@ async def test_objects_are_readable_by_their_owner_only(start_store: StartStore,
     assert sorted(path.name for path in folder.iterdir()) == [
         CONFIG,
         WEIGHTS,
+        "manifest.json",
         "packed.float32",
         "packed.float32.layout",
     ]
@@ -176,7 +186,10 @@ def test_only_a_digest_names_an_object(tmp_path: Path) -> None:
 
 
 def test_deleting_what_is_gone_is_fine(tmp_path: Path) -> None:
-    Blobs(tmp_path, LIMITS).delete("0" * 64)
+    blobs = Blobs(tmp_path, LIMITS)
+    blobs.start()
+    blobs.delete("0" * 64)
+    blobs.close()
 
 
 async def test_without_a_model_any_shape_is_taken(start_store: StartStore) -> None:

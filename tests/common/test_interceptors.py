@@ -9,7 +9,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from common.errors import ResourceExhausted
+from common.errors import NotFound, ResourceExhausted
 from common.interceptors import MAX_REQUEST_ID_CHARACTERS
 from common.logs import request_id_var
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
@@ -192,6 +192,19 @@ async def test_a_client_that_leaves_a_stream_closes_the_handler(start_server: St
     await call.read()
     call.cancel()
     await asyncio.wait_for(closed.wait(), TIMEOUT_SECONDS)
+
+
+async def test_a_client_that_is_still_sending_sees_why_it_is_refused(start_server: StartServer) -> None:
+    async def refuse(requests: AsyncIterator[Any], context: Any) -> adapter_store_pb2.UploadAdapterResponse:
+        raise NotFound("ADAPTER_NOT_FOUND", "refused at the first message")
+
+    channel = await start_server(UploadAdapter=refuse)
+    chunk = adapter_store_pb2.UploadChunk(data=bytes(1024 * 1024))
+    requests = [adapter_store_pb2.UploadAdapterRequest(chunk=chunk)] * 32
+    upload: Any = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel).UploadAdapter(iter(requests))
+    with pytest.raises(grpc.aio.AioRpcError, match="refused at the first message") as failure:
+        await asyncio.wait_for(upload, TIMEOUT_SECONDS)
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_abort_by_the_handler_keeps_its_status(start_server: StartServer) -> None:

@@ -223,7 +223,11 @@ class FakeStore(_Peer):
                     pass
                 error = to_status(AlreadyExists("ADAPTER_EXISTS", "the id is taken"))
                 await context.abort_with_status(rpc_status.to_status(error))
-        return adapter_store_pb2.UploadAdapterResponse(adapter=adapter("new"), created=True)
+        return adapter_store_pb2.UploadAdapterResponse(adapter=adapter("new", sequence=3), created=True)
+
+    async def ExportAdapter(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        self.asked.append(request)
+        yield adapter_store_pb2.ExportAdapterResponse(adapter=adapter(request.adapter_id))
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:
         self.asked.append(request)

@@ -119,3 +119,51 @@ async def restarted(fleet: Fleet) -> FakeStore:
     old, fleet.store = fleet.store, FakeStore()
     fleet.store.port = old.port
     return fleet.store
+
+
+async def test_an_unknown_adapter_is_not_asked_for_again_at_once(fleet: Fleet) -> None:
+    for _ in range(5):
+        await failure(fleet.api.Generate(ask(adapter_id="ghost")))
+    assert len(fleet.store.asked) == 1
+
+
+async def test_what_became_known_since_then_is_found(fleet: Fleet) -> None:
+    await failure(fleet.api.Generate(ask(adapter_id="fresh")))
+    found = adapter("fresh", sequence=3)
+    fleet.store.announce(Change(sequence=3, put=found))
+    await listed(fleet, ["", "alpha", "fresh", "zebra"])
+    call = fleet.api.GenerateStream(ask(adapter_id="fresh"))
+    await fleet.scheduler.submitted()
+    call.cancel()
+
+
+async def test_an_upload_is_read_by_who_wrote_it_before_the_watch_tells(fleet: Fleet) -> None:
+    await failure(fleet.api.Generate(ask(adapter_id="new")))
+    header = adapter_store_pb2.UploadHeader(adapter_id="new")
+    await fleet.store_api.UploadAdapter(iter([adapter_store_pb2.UploadAdapterRequest(header=header)]))
+    call = fleet.api.GenerateStream(ask(adapter_id="new"))
+    await fleet.scheduler.submitted()
+    call.cancel()
+
+
+async def test_a_deleted_adapter_is_gone_before_the_watch_tells(fleet: Fleet) -> None:
+    await fleet.store_api.DeleteAdapter(adapter_store_pb2.DeleteAdapterRequest(adapter_id="alpha"))
+    assert await names(fleet) == ["", "zebra"]
+
+
+async def test_older_news_does_not_undo_an_answer(fleet: Fleet) -> None:
+    header = adapter_store_pb2.UploadHeader(adapter_id="new")
+    await fleet.store_api.UploadAdapter(iter([adapter_store_pb2.UploadAdapterRequest(header=header)]))
+    removal = adapter_store_pb2.AdapterRemoval(tenant="default", adapter_id="new")
+    fleet.store.announce(Change(sequence=0, removal=removal), Change(sequence=9, put=adapter("zzz", sequence=9)))
+    await listed(fleet, ["", "alpha", "new", "zebra", "zzz"])
+
+
+async def test_many_who_ask_at_once_ask_the_store_once(fleet: Fleet) -> None:
+    fleet.store.adapters.append(adapter("fresh", sequence=3))
+    calls = [fleet.api.GenerateStream(ask(adapter_id="fresh")) for _ in range(10)]
+    for _ in calls:
+        await fleet.scheduler.submitted()
+    assert len(fleet.store.asked) == 1
+    for call in calls:
+        call.cancel()

@@ -99,3 +99,17 @@ async def test_a_store_that_is_away_is_unavailable(fleet: Fleet) -> None:
     await fleet.store.stop()
     error = await failure(fleet.store_api.GetAdapter(adapter_store_pb2.GetAdapterRequest(adapter_id="alpha")))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "ADAPTER_STORE_UNAVAILABLE")
+
+
+async def test_an_export_passes_through_with_the_verified_tenant(fleet: Fleet) -> None:
+    request = adapter_store_pb2.ExportAdapterRequest(tenant="other", adapter_id="alpha")
+    responses = [response async for response in fleet.store_api.ExportAdapter(request)]
+    assert [response.adapter.adapter_id for response in responses] == ["alpha"]
+    request.tenant = "default"
+    assert fleet.store.asked == [request]
+
+
+async def test_an_export_of_a_store_that_is_away_is_unavailable(fleet: Fleet) -> None:
+    await fleet.store.stop()
+    error = await failure(fleet.store_api.ExportAdapter(adapter_store_pb2.ExportAdapterRequest(adapter_id="alpha")))
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "ADAPTER_STORE_UNAVAILABLE")

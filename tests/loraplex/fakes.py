@@ -134,6 +134,31 @@ class FakeGateway:
         following = str(index + 1) if index + 1 < len(KNOWN_ADAPTERS) else ""
         return adapter_store_pb2.ListAdaptersResponse(adapters=[adapter], next_page_token=following)
 
+    def GetAdapter(self, request: adapter_store_pb2.GetAdapterRequest, context: Any) -> adapter_store_pb2.Adapter:
+        self._note(request, context)
+        effect = adapter_store_pb2.ModuleEffect(
+            module=types_pb2.LORA_MODULE_Q_PROJ, num_layers=2, min_lora_rank=4, max_lora_rank=8, delta_norm=1.5
+        )
+        return adapter_store_pb2.Adapter(
+            adapter_id=request.adapter_id, adapter_version="digest", max_lora_rank=8, modules=[effect]
+        )
+
+    def SetAlias(self, request: adapter_store_pb2.SetAliasRequest, context: Any) -> adapter_store_pb2.Adapter:
+        self._note(request, context)
+        return adapter_store_pb2.Adapter(adapter_id=request.adapter_id, adapter_version=request.adapter_version)
+
+    def ExportAdapter(
+        self, request: adapter_store_pb2.ExportAdapterRequest, context: Any
+    ) -> Iterator[adapter_store_pb2.ExportAdapterResponse]:
+        """A config and weights in two chunks; a failure comes between those."""
+        self.requests.append(request)
+        yield adapter_store_pb2.ExportAdapterResponse(adapter=adapter_store_pb2.Adapter(adapter_id=request.adapter_id))
+        weights = adapter_store_pb2.ADAPTER_FILE_WEIGHTS
+        for kind, data in ((adapter_store_pb2.ADAPTER_FILE_CONFIG, b"{}"), (weights, b"one "), (weights, b"two")):
+            if data == b"two" and self.failure:
+                _abort(context, self.failure)
+            yield adapter_store_pb2.ExportAdapterResponse(chunk=adapter_store_pb2.UploadChunk(file=kind, data=data))
+
     def DeleteAdapter(
         self, request: adapter_store_pb2.DeleteAdapterRequest, context: Any
     ) -> adapter_store_pb2.DeleteAdapterResponse:

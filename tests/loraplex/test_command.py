@@ -13,7 +13,8 @@ from tests.loraplex import fakes
 from tests.loraplex.fake_services import is_running, write_model, write_services
 from tests.loraplex.fakes import FakeGateway
 
-COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["adapters", "push"], ["adapters", "list"], ["status"]]
+COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["status"]]
+COMMANDS += [["adapters", verb] for verb in ("push", "list", "show", "rm", "alias", "import", "export")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,284 @@
+"""The registry of stores that share one volume: Redis decides who wins and tells the others.
+
+    write   manifest prepared -> CHANGE in Redis gives the sequence -> manifest linked -> index takes it in -> reply
+    read    from the index of this process, which follows the stream of changes
+
+Redis is an index too. When it is empty, or older than the manifest on disk, the first store that sees it makes it again
+and goes on with higher sequences. When it is away, reads go on and writes are refused at once.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from adapter_store.failpoints import failpoint
+from adapter_store.index import KEPT_REMOVALS
+from adapter_store.indexed_registry import IndexedRegistry, unavailable
+from adapter_store.manifest import Manifest, PendingRecord, Record, SequenceUsedError
+from adapter_store.metrics import RedisMetrics
+from adapter_store.redis_link import RedisLink, RedisState, Snapshot
+from adapter_store.registry import Alias, Version, WrongVersionError
+from common.errors import LoraplexError, ResourceExhausted
+
+# More than the changes that can have been given out and lost: a sequence never means two changes.
+REBUILD_GAP = 1_000_000
+_FIRST_BACKOFF_SECONDS = 0.1
+_MAX_BACKOFF_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class RedisRegistry(IndexedRegistry):
+    """Implements `Registry`."""
+
+    def __init__(
+        self,
+        link: RedisLink,
+        index_path: Path,
+        manifest: Manifest,
+        metrics: RedisMetrics,
+        kept_removals: int = KEPT_REMOVALS,
+    ) -> None:
+        super().__init__(index_path, manifest, kept_removals)
+        self._link = link
+        self._metrics = metrics
+        self._epoch = ""
+        self._up = False
+        self._syncing = asyncio.Lock()
+        self._looking = asyncio.Lock()
+        self._follower: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """As the index's; then follows Redis, whether it is there or not."""
+        await super().open()
+        self._epoch = (await self._run(self._index.state)).epoch
+        with suppress(LoraplexError):
+            await self.refresh()
+        self._follower = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        while self._follower is not None and not self._follower.done():
+            # Again and again: a cancellation that meets a timeout inside the Redis client is lost.
+            self._follower.cancel()
+            await asyncio.wait([self._follower], timeout=_FIRST_BACKOFF_SECONDS)
+        await self._link.close()
+        await super().close()
+
+    async def get(self, tenant: str, adapter_id: str, digest: str = "") -> Alias | None:
+        alias = await super().get(tenant, adapter_id, digest)
+        if alias is None and await self._look_again():
+            alias = await super().get(tenant, adapter_id, digest)
+        return alias
+
+    async def held(self, tenant: str, digest: str) -> Version | None:
+        version = await super().held(tenant, digest)
+        if version is None and await self._look_again():
+            version = await super().held(tenant, digest)
+        return version
+
+    async def add_version(self, version: Version) -> None:
+        self._check_up()
+        await self._run(lambda: self._index.add_versions([version]))
+        with self._redis_errors():
+            await self._link.add_version(version)
+
+    async def point(self, tenant: str, adapter_id: str, digest: str, *, expected: str | None, now: float) -> Alias:
+        await self._change(Record(0, tenant, adapter_id, digest, now), expected)
+        # Whoever moved it since then did so after us.
+        alias = await super().get(tenant, adapter_id, digest)
+        if alias is None:
+            raise unavailable()
+        return alias
+
+    async def remove(self, tenant: str, adapter_id: str, *, expected: str | None, now: float) -> str:
+        return await self._change(Record(0, tenant, adapter_id, None, now), expected)
+
+    async def refresh(self) -> None:
+        """Takes in what others changed. Raises Unavailable when Redis is away."""
+        with self._redis_errors():
+            await self._sync()
+        self._set_up(True)
+
+    async def release(self, before: float) -> None:
+        with self._redis_errors():
+            await self._link.release(before)
+        await self._run(lambda: self._forget_old_changes(before))
+
+    async def forget(self, digest: str) -> bool:
+        with self._redis_errors():
+            if not await self._link.forget(self._known(), digest):
+                return False
+        await self._run(lambda: self._index.forget(digest))
+        return True
+
+    async def _change(self, record: Record, expected: str | None) -> str:
+        """Returns what the id pointed to before. Raises as `point` does."""
+        self._check_up()
+        pending = await asyncio.to_thread(
+            self._manifest.prepare, record.tenant, record.adapter_id, record.digest, record.at
+        )
+        try:
+            before = await self._decide(record, expected, pending)
+        finally:
+            await asyncio.to_thread(pending.discard)
+        await self.refresh()
+        return before
+
+    async def _decide(self, record: Record, expected: str | None, pending: PendingRecord) -> str:
+        """Redis gives the sequence, and the manifest has the change before anybody is told of it."""
+        with self._redis_errors():
+            answer = await self._link.change(self._known(), record, expected)
+            if answer[0] == "stale":
+                await self._sync()
+                answer = await self._link.change(self._known(), record, expected)
+        verdict, *details = answer
+        if verdict == "wrong":
+            raise WrongVersionError(details[0] or None)
+        if verdict == "same":
+            return record.digest or ""
+        if verdict != "done":
+            raise unavailable()
+        failpoint("before-journal")
+        try:
+            await asyncio.to_thread(pending.commit, int(details[0]))
+        except SequenceUsedError:
+            # Redis gave out what the manifest has: it was rolled back under our hands.
+            self._set_up(False)
+            raise unavailable() from None
+        failpoint("after-journal")
+        return details[1]
+
+    def _known(self) -> RedisState:
+        return RedisState(self._epoch, str(self._newest))
+
+    async def _follow(self) -> None:
+        """Keeps the index up to date until cancelled."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                await self.refresh()
+                backoff = _FIRST_BACKOFF_SECONDS
+                with self._redis_errors():
+                    await self._link.news(self._newest)
+            except Exception as error:
+                if not isinstance(error, LoraplexError):
+                    _log.exception("following Redis failed")
+                self._set_up(False)
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
+
+    async def _sync(self) -> None:
+        """Brings the index up to Redis, or Redis up to the manifest."""
+        async with self._syncing:
+            state = await self._link.state()
+            on_disk = await asyncio.to_thread(self._manifest.newest)
+            newest = max(self._newest, on_disk)
+            if not state.epoch or state.number < newest:
+                await self._make_redis_again(state, newest)
+            elif state.epoch != self._epoch:
+                await self._start_over()
+            elif state.number > self._newest:
+                await self._pull()
+        self._metrics.synced()
+
+    async def _pull(self) -> None:
+        while records := await self._link.changes(self._newest):
+            if records[0].sequence != self._newest + 1:
+                await self._start_over()
+                return
+            await self._take(records)
+
+    async def _take(self, records: list[Record]) -> None:
+        digests = {record.digest for record in records if record.digest is not None}
+        versions = await self._link.versions(digests)
+
+        def apply() -> None:
+            self._manifest.ensure(records)
+            with self._index.transaction():
+                self._index.add_versions(versions)
+                for record in records:
+                    self._index.apply(record)
+
+        await self._run(apply)
+        self._wake(records[-1].sequence)
+
+    async def _start_over(self) -> None:
+        snapshot = None
+        while snapshot is None:
+            snapshot = await self._link.snapshot()
+        await self._run(lambda: self._load(snapshot))
+        self._epoch = snapshot.state.epoch
+        self._wake(snapshot.state.number)
+        _log.info("read everything from Redis")
+
+    def _load(self, snapshot: Snapshot) -> None:
+        current = sorted(
+            (record for record, released_at in snapshot.held if released_at is None),
+            key=lambda record: record.sequence,
+        )
+        self._manifest.ensure(current)
+        with self._index.transaction():
+            self._index.clear()
+            self._index.add_versions(snapshot.versions)
+            for record in current:
+                self._index.apply(record)
+            for record, released_at in snapshot.held:
+                if released_at is not None:
+                    self._index.add_former(record, released_at)
+            self._index.adopt(snapshot.state.epoch, snapshot.state.number)
+
+    async def _make_redis_again(self, seen: RedisState, newest: int) -> None:
+        """The manifest is the truth: Redis gets what it says, under an epoch of its own."""
+        await self._run(self._catch_up)
+        held = await self._run(lambda: list(self._index.rows()))
+        versions = await self._run(lambda: self._manifest.versions(self._index.digests()))
+        new = RedisState(secrets.token_hex(8), str(newest + REBUILD_GAP if newest or seen.epoch else 0))
+        if not await self._link.install(seen, new, held, versions):
+            raise unavailable()
+        await self._run(lambda: self._index.adopt(new.epoch, new.number))
+        self._epoch = new.epoch
+        self._wake(new.number)
+        if held:
+            _log.warning("made the keys in Redis again from the manifest", extra={"adapters": len(held)})
+
+    async def _look_again(self) -> bool:
+        """Whether a miss may be because another store was faster than the stream."""
+        before = self._newest
+        async with self._looking:
+            if self._up:
+                with suppress(LoraplexError):
+                    await self.refresh()
+        return self._newest > before
+
+    def _check_up(self) -> None:
+        if not self._up:
+            raise unavailable()
+
+    def _set_up(self, up: bool) -> None:
+        if up != self._up:
+            _log.log(logging.INFO if up else logging.WARNING, "Redis answers" if up else "Redis does not answer")
+        self._up = up
+        self._metrics.up.set(up)
+
+    @contextmanager
+    def _redis_errors(self) -> Iterator[None]:
+        """Turns a failure of Redis into an error of the store."""
+        try:
+            yield
+        except (RedisError, OSError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> LoraplexError:
+        """Closes the door to writes, unless Redis itself is well and only refuses this one."""
+        self._metrics.errors.labels(type(error).__name__).inc()
+        if isinstance(error, OutOfMemoryError):
+            message = "the adapter store's Redis is full"
+            return ResourceExhausted("REGISTRY_FULL", message, retry_after_seconds=60.0)
+        _log.warning("Redis failed: %s", error.__class__.__name__)
+        self._set_up(False)
+        return unavailable()

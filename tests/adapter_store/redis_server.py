@@ -1,0 +1,88 @@
+"""A real redis-server of the test's own, and what may happen to it."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+
+# A server answers within milliseconds; this is for a machine that is busy with something else.
+START_SECONDS = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class RedisServer:
+    """`redis-server` on a free port, in a folder of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.options = options
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            raise AssertionError("these tests need a redis-server on the PATH")
+        self.folder.mkdir(exist_ok=True)
+        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        command += ["--save", "", "--appendonly", "no", *self.options]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._wait()
+
+    def stop(self) -> None:
+        """kill -9, and gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def call(self, *command: str | int) -> object:
+        with redis.Redis(port=self.port) as client:
+            return client.execute_command(*command)
+
+    @property
+    def version(self) -> str:
+        with redis.Redis(port=self.port) as client:
+            return str(client.info("server")["redis_version"])
+
+    def save(self) -> Path:
+        """A copy of everything, to roll back to."""
+        self.call("SAVE")
+        return Path(shutil.copy(self.folder / "dump.rdb", self.folder / "saved.rdb"))
+
+    def roll_back(self, saved: Path) -> None:
+        self.stop()
+        shutil.copy(saved, self.folder / "dump.rdb")
+        self.start()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self.call("PING")
+                return
+            except redis.ConnectionError:
+                if time.monotonic() > deadline:
+                    raise AssertionError((self.folder / "log").read_text()) from None
+                time.sleep(0.01)

@@ -1,0 +1,198 @@
+"""Faults B 15 to 18: the store away, damaged bytes, swapped files, a full disk. (B 11 to 14: test_store_redis.py.)"""
+
+import asyncio
+import hashlib
+import resource
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+import adapter_store
+from adapter_store.packed_reader import PackedReader
+from adapter_store.service import StoreService
+from common.channel import connect
+from common.errors import DataLoss, LoraplexError, ResourceExhausted
+from gpu_worker.fetcher import Fetcher
+from gpu_worker.metrics import WorkerMetrics
+from loraplex.v1 import engine_pb2
+from tests.adapter_store.conftest import StartStore
+from tests.adapter_store.crafted import make_files, make_tensors
+from tests.adapter_store.fakes import TENANT, StoreClient
+
+ROOT = Path(adapter_store.__file__).parent.parent
+SWAPS = 10_000
+
+
+async def put(client: StoreClient, adapter_id: str, seed: int = 0) -> str:
+    return (await client.upload(adapter_id, make_files(seed), replace=True)).adapter.adapter_version
+
+
+def flip(path: Path, place: int) -> None:
+    path.chmod(0o600)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
+    client: StoreClient, service: StoreService, tmp_path: Path
+) -> None:
+    version = await put(client, "a")
+    replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
+    metrics = WorkerMetrics(CollectorRegistry())
+    fetcher = Fetcher(service.server.address, tmp_path / "cache", metrics, replies.put_nowait)
+    needed = engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version)
+    fetcher.fetch(needed)
+    assert (await replies.get()).HasField("adapter_fetched")
+    await service.stop()
+    started = time.monotonic()
+    fetcher.fetch(needed)
+    failed = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetch_failed
+    assert failed.error.reason == "ADAPTER_STORE_UNAVAILABLE"
+    assert time.monotonic() - started < 1.0
+    assert replies.empty()
+    await fetcher.close()
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["first-byte", "last-byte"])
+async def test_b16_a_bit_flip_is_never_served(
+    client: StoreClient, service: StoreService, data_dir: Path, place: int
+) -> None:
+    version, other = await put(client, "a"), await put(client, "b", 1)
+    flip(data_dir / "objects" / version / "packed.float32", place)
+    for _ in range(2):
+        with pytest.raises(DataLoss) as caught:
+            await client.fetch(version)
+        assert caught.value.reason == "ADAPTER_DAMAGED"
+    assert service.server.registry.get_sample_value("loraplex_store_verify_failures_total", {"stage": "read"}) == 1
+    assert (await client.fetch(other)).data.size > 0
+
+
+async def test_b16_the_last_chunk_of_damaged_bytes_is_held_back(client: StoreClient, data_dir: Path) -> None:
+    version = await put(client, "a")
+    flip(data_dir / "objects" / version / "packed.float32", 0)
+    chunks = 0
+    with pytest.raises(LoraplexError):
+        chunks = len((await client.fetch(version)).chunks)
+    assert chunks == 0
+
+
+async def test_b16_another_upload_of_the_bytes_mends_them(client: StoreClient, data_dir: Path) -> None:
+    version = await put(client, "a")
+    flip(data_dir / "objects" / version / "packed.float32", 9)
+    with pytest.raises(DataLoss):
+        await client.fetch(version)
+    assert await put(client, "a") == version
+    fetched = await client.fetch(version)
+    assert fetched.layout.sha256 == hashlib.sha256(fetched.data.tobytes()).hexdigest()
+
+
+async def test_b17_a_file_swapped_under_a_reader_is_whole_or_refused(
+    client: StoreClient, service: StoreService, data_dir: Path, tmp_path: Path
+) -> None:
+    version = await put(client, "a")
+    folder = data_dir / "objects" / version
+    alias = await service.store.registry.held(TENANT, version)
+    assert alias is not None
+    true_bytes = (folder / "packed.float32").read_bytes()
+    stop = threading.Event()
+
+    def swap() -> None:
+        """Other bytes, then a link to them, then the true ones; each put there by a rename."""
+        (tmp_path / "other").write_bytes(bytes(len(true_bytes)))
+        while not stop.is_set():
+            (tmp_path / "bad").write_bytes(bytes(len(true_bytes)))
+            (tmp_path / "bad").rename(folder / "packed.float32")
+            (tmp_path / "link").symlink_to(tmp_path / "other")
+            (tmp_path / "link").rename(folder / "packed.float32")
+            (tmp_path / "good").write_bytes(true_bytes)
+            (tmp_path / "good").rename(folder / "packed.float32")
+
+    def read_many() -> tuple[int, int]:
+        good = refused = 0
+        for _ in range(SWAPS):
+            try:
+                reader = PackedReader.open(folder, alias, "float32")
+            except DataLoss:
+                refused += 1
+                continue
+            data = reader.read(0, len(true_bytes))
+            reader.hash(0, data)
+            if reader.is_intact():
+                assert data == true_bytes
+                good += 1
+            else:
+                refused += 1
+            reader.close()
+        return good, refused
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        good, refused = await asyncio.to_thread(read_many)
+    finally:
+        stop.set()
+        swapper.join()
+    assert min(good, refused) > 0
+
+
+@pytest.fixture
+async def limited_store(tmp_path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A store process whose log file is already larger than the limit that a test sets."""
+    with (tmp_path / "log").open("ab") as log:
+        log.write(b"x" * 300_000)
+        log.flush()
+        command = [sys.executable, "-m", "adapter_store", "--data-dir", str(tmp_path / "store")]
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=log)
+    assert process.stdout is not None
+    yield process, (await process.stdout.readline()).decode().split("grpc=")[1].split()[0]
+    process.kill()
+    await process.wait()
+
+
+async def test_b18_a_disk_full_for_files_and_for_the_log(
+    limited_store: tuple[asyncio.subprocess.Process, str], tmp_path: Path
+) -> None:
+    process, address = limited_store
+    async with connect(address) as channel:
+        client = StoreClient(channel)
+        version = await put(client, "a")
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+        large = make_files(tensors=make_tensors(lora_rank=500), r=500)
+        with pytest.raises(ResourceExhausted) as caught:
+            await client.upload("large", large)
+        assert caught.value.reason == "DISK_FULL"
+        assert (await client.fetch(version)).data.size > 0
+        assert list((tmp_path / "store" / "staging").iterdir()) == []
+    assert process.returncode is None
+
+
+async def test_b18_the_reserve_of_the_disk_is_not_used(start_store: StartStore, data_dir: Path) -> None:
+    service = await start_store(disk_reserve_bytes=2**60)
+    async with connect(service.server.address) as channel:
+        with pytest.raises(ResourceExhausted) as caught:
+            await put(StoreClient(channel), "a")
+    assert caught.value.reason == "DISK_RESERVE"
+    assert list((data_dir / "staging").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "limit", "reason"),
+    [("tenant_max_adapters", 2, "QUOTA_ADAPTERS"), ("tenant_max_bytes", 18_000, "QUOTA_BYTES")],
+)
+async def test_a_tenant_has_a_quota(start_store: StartStore, option: str, limit: int, reason: str) -> None:
+    service = await start_store(**{option: limit})
+    async with connect(service.server.address) as channel:
+        client = StoreClient(channel)
+        await put(client, "a")
+        await put(client, "b", 1)
+        with pytest.raises(ResourceExhausted) as caught:
+            await put(client, "c", 2)
+        assert caught.value.reason == reason
+        assert await put(client, "a", 9)
+        assert await client.upload("a", make_files(), tenant="other")

@@ -1,0 +1,68 @@
+"""Compiles the CPU kernels: `python -m kernels.build`, seconds, and nothing to do when the sources have not changed.
+
+The library's name carries the hash of the sources and flags, so a library that is found is never stale.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = HERE / "cpu"
+# No contraction: what is fused is written in the sources, so that bits do not depend on the compiler.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=x86-64-v3",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-Wall",
+    "-Wextra",
+)
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*/cpu.cpp"))
+
+
+def library_path() -> Path:
+    """Where the library of these sources is, or would be."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted([*HERE.glob("*/*.cpp"), *HERE.glob("*/*.h")]):
+        digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
+    return LIBRARIES / f"libkernels-{digest.hexdigest()[:16]}.so"
+
+
+def build(compiler: str) -> Path:
+    """Compiles unless it is done. Raises CalledProcessError when the compiler does not like the sources."""
+    path = library_path()
+    if path.exists():
+        return path
+    # Renamed when whole: another process may be loading, or compiling too.
+    partial = path.with_suffix(f".{os.getpid()}.partial.so")
+    try:
+        subprocess.run([compiler, *FLAGS, "-o", str(partial), *map(str, sources())], check=True)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    for old in LIBRARIES.glob("libkernels-*.so"):
+        if old != path and ".partial" not in old.name:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def main() -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        print("no C++ compiler: the kernels stay plain torch, which is several times slower", file=sys.stderr)
+        return
+    print(f"CPU kernels: {build(compiler).name}")
+
+
+if __name__ == "__main__":
+    main()

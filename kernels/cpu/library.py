@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(ADAPTER_DTYPES)}
 
 _SIGNATURES = {
-    "linear": [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int32],
+    "linear": [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32],
     "lora_shrink": [c_void_p] * 4 + [c_int64] * 2 + [c_void_p, c_int64, c_void_p] + [c_int64] * 3 + [c_int32],
     "lora_expand": [c_void_p] * 4
     + [c_int64] * 2
@@ -59,6 +59,12 @@ def _problem() -> str | None:
     if not library_path().exists():
         return "the CPU kernels are not compiled (`make install` does it when there is a C++ compiler)"
     return None
+
+
+@cache
+def vector_lanes() -> int:
+    """Floats in the widest vectors of this CPU: 8, or 16 with AVX-512."""
+    return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 def kernel(name: str) -> "ctypes._NamedFuncPointer":

@@ -21,6 +21,9 @@ struct Float16 {
 // Numbers of kernels.adapters.ADAPTER_DTYPES.
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Unnamed: a file compiled for AVX-512 must not lend its copies to the others.
+namespace {
+
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
@@ -122,4 +125,5 @@ inline void with_type(int32_t dtype, F f) {
   f(static_cast<Float16*>(nullptr));
 }
 
+}  // namespace
 }  // namespace loraplex

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
+from kernels.cpu.library import DTYPE_CODES, is_plain, kernel, vector_lanes
 from kernels.linear.packed import PackedWeight
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def supports(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> bool:
-    return x.dim() == 2 and is_plain(x, weight.panels, bias)
+    return x.dim() == 2 and weight.dtype in WEIGHT_DTYPES and is_plain(x, weight.panels, bias)
 
 
 def linear_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -24,8 +26,8 @@ def linear_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         out.data_ptr(),
         rows,
         in_features,
-        in_features,
         weight.out_features,
+        vector_lanes(),
         torch.get_num_threads(),
     )
     return out.to(x.dtype)

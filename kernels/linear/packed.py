@@ -15,7 +15,7 @@ _PANELS_AT_ONCE = 64
 class PackedWeight:
     """A weight `[out_features, in_features]` in panels; rows behind the last are zero."""
 
-    # [num_panels, in_features, 16], num_panels * 16 >= out_features
+    # [num_panels, in_features, 16]: the last panel may be wider than what is left
     panels: Tensor
     out_features: int
 

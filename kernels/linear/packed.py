@@ -48,5 +48,6 @@ def pack(weight: Tensor) -> PackedWeight:
     panels = weight.view(-1, in_features, PANEL)
     for first in range(0, len(panels), _PANELS_AT_ONCE):
         block = panels[first : first + _PANELS_AT_ONCE]
-        block.copy_(block.view(-1, PANEL, in_features).transpose(1, 2).contiguous())
+        turned = block.view(-1, PANEL, in_features).transpose(1, 2)
+        block.copy_(turned.clone(memory_format=torch.contiguous_format))
     return PackedWeight(panels, out_features)

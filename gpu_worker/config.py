@@ -56,7 +56,5 @@ class WorkerConfig(EngineConfig, ServiceConfig):
 
 def engine_arguments(config: EngineConfig) -> list[str]:
     """The command line that gives an engine process the engine options of `config`."""
-    arguments = []
-    for spec in fields(EngineConfig):
-        arguments += ["--" + spec.name.replace("_", "-"), str(getattr(config, spec.name))]
-    return arguments
+    # One word each: a value may begin with a dash.
+    return [f"--{spec.name.replace('_', '-')}={getattr(config, spec.name)}" for spec in fields(EngineConfig)]

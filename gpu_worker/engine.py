@@ -23,6 +23,7 @@ class EngineLimits:
     max_step_tokens: int
     max_sequences: int
     max_context_tokens: int
+    vocab_size: int
     eos_token_ids: tuple[int, ...]
 
 
@@ -48,14 +49,17 @@ class Engine:
             self._outbox,
             eos_token_ids=limits.eos_token_ids,
             max_context_tokens=limits.max_context_tokens,
+            vocab_size=limits.vocab_size,
         )
         # Number of the last launched step.
         self._step = 0
+        # The last plan computed, admitted or preempted something; the next may find other pages free.
+        self._moved = False
 
     @property
     def busy(self) -> bool:
         """Another step can make progress without anything arriving."""
-        return any(sequence.state is SequenceState.RUNNING for sequence in self._batcher)
+        return self._moved and self._batcher.num_running + self._batcher.num_waiting > 0
 
     def warm_up(self) -> None:
         """Runs a prefill and a decode, so that the first request does not pay for lazy initialisation."""
@@ -86,6 +90,7 @@ class Engine:
     def _run_batch(self) -> engine_pb2.StepStats | None:
         started = time.perf_counter()
         plan = self._batcher.plan(self._step)
+        self._moved = bool(plan.chunks or plan.admitted or plan.preempted)
         self._announce(plan)
         if not plan.chunks:
             return None
@@ -117,19 +122,22 @@ class Engine:
         """Books a computed chunk; a sequence that got a token may have ended with it."""
         sequence = chunk.sequence
         sequence.computed_tokens = chunk.start + chunk.length
-        token = output.tokens.get(sequence.sequence_id)
-        if token is None:
+        sequence.prompt_logprobs.extend(output.prompt_logprobs.get(sequence.sequence_id, ()))
+        draw = output.draws.get(sequence.sequence_id)
+        if draw is None:
             return
         timings = sequence.timings
         timings.first_token = timings.first_token or time.monotonic()
-        sequence.output_token_ids.append(token)
-        self._outbox.token(sequence)
-        reason = self._finish_reason(sequence, token)
+        sequence.output_token_ids.append(draw.token_id)
+        self._outbox.token(sequence, draw.logprobs)
+        reason = self._finish_reason(sequence, draw.token_id)
         if reason == types_pb2.FINISH_REASON_UNSPECIFIED:
             return
         self._batcher.remove(sequence, self._step)
-        matched = token if reason == types_pb2.FINISH_REASON_STOP else None
-        self._outbox.finish(sequence, reason, matched)
+        if reason == types_pb2.FINISH_REASON_STOP:
+            self._outbox.finish(sequence, reason, counted_as="stop", matched_stop_token_id=draw.token_id)
+        else:
+            self._outbox.finish(sequence, reason, counted_as="length")
 
     def _finish_reason(self, sequence: Sequence, token: int) -> "types_pb2.FinishReason.ValueType":
         stopping, num_output = sequence.stopping, len(sequence.output_token_ids)

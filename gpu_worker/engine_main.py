@@ -50,8 +50,8 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
     """
     hf_config = base_model.read_config(config.model)
-    sizes = base_model.geometry(hf_config)
     model = load_model(config.model, config.dtype, config.device)
+    sizes = model.config.geometry
     element_bytes = torch.empty(0, dtype=model.dtype).element_size()
     geometry = PageGeometry(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, element_bytes, config.page_size)
     num_pages = parse_bytes(config.memory) // geometry.page_bytes
@@ -63,7 +63,7 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     memory = MemoryManager(geometry, num_pages)
     pool = PagePool(geometry, num_pages, config.device)
     eos = base_model.eos_token_ids(config.model, hf_config)
-    limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, eos)
+    limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, sizes.vocab_size, eos)
     host = HostTier(geometry, num_pages, sizes.module_shapes)
     engine = Engine(ModelRunner(model, memory, pool, config.device), memory, Loader(pool, inbox.put), host, limits)
     engine.warm_up()

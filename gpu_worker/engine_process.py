@@ -26,6 +26,7 @@ class EngineProcess:
         self._writer = writer
         self._replies: dict[int, asyncio.Future[engine_pb2.MemoryReply]] = {}
         self._next_call = 0
+        self._ended = False
 
     @classmethod
     async def start(cls, config: WorkerConfig) -> "tuple[EngineProcess, engine_pb2.EngineReady]":
@@ -64,6 +65,8 @@ class EngineProcess:
 
     async def call_memory(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:
         """Asks the memory manager. Raises LoraplexError when it refuses, Unavailable when the engine ends."""
+        if self._ended:
+            raise engine_lost()
         self._next_call += 1
         command.call_id = self._next_call
         future = asyncio.get_running_loop().create_future()
@@ -83,6 +86,7 @@ class EngineProcess:
                     future.set_result(event.memory)
             else:
                 yield event
+        self._ended = True
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(engine_lost())

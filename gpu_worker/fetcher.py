@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import logging
-import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +98,8 @@ class Fetcher:
         layout: types_pb2.PackedLayout,
     ) -> None:
         """Writes the chunks beside `path`, verifies them, and renames: a reader never sees half a file."""
-        digest, partial, received = hashlib.sha256(), path.with_suffix(f".{os.getpid()}.partial"), 0
+        # Two versions may have the same bytes, and two workers the same folder.
+        digest, partial, received = hashlib.sha256(), path.with_suffix(f".{uuid.uuid4().hex}.partial"), 0
         try:
             with partial.open("wb") as file:
                 async for message in call:

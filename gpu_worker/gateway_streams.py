@@ -25,6 +25,8 @@ class GatewayStreams:
         # Set while no sequence is in flight.
         self.idle = asyncio.Event()
         self.idle.set()
+        # Set when the worker is about to end: streams end when they have delivered what waits.
+        self.closing = asyncio.Event()
 
     def own(self, gateway_id: str, key: types_pb2.RequestKey) -> None:
         """A sequence of this gateway was offered."""
@@ -42,10 +44,16 @@ class GatewayStreams:
         self._update_idle()
 
     def attach(self, gateway_id: str) -> asyncio.Queue[worker_pb2.TokenBatch]:
-        """The gateway's stream is open: what waited for it and what comes is in the queue."""
+        """The gateway's stream is open: what waited for it and what comes is in the queue, until it attaches again."""
         if timer := self._timers.pop(gateway_id, None):
             timer.cancel()
-        return self._queues.setdefault(gateway_id, asyncio.Queue())
+        queue: asyncio.Queue[worker_pb2.TokenBatch] = asyncio.Queue()
+        # A stream that is dead without knowing must not take tokens from its successor.
+        if previous := self._queues.get(gateway_id):
+            while not previous.empty():
+                queue.put_nowait(previous.get_nowait())
+        self._queues[gateway_id] = queue
+        return queue
 
     def detach(self, gateway_id: str, queue: asyncio.Queue[worker_pb2.TokenBatch]) -> None:
         """The stream that read `queue` ended; the gateway may be back within the grace time."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.errors import FailedPrecondition, LoraplexError
+from common.errors import DataLoss, FailedPrecondition, LoraplexError
 from common.packing import PackedLayout, check_layout
 from common.wire import layout_from_proto
 from gpu_worker.loader import HostAdapter
@@ -42,7 +42,10 @@ class HostTier:
     def add(self, fetched: engine_pb2.AdapterFetched) -> LoraplexError | None:
         """Takes a fetched adapter in; an error when it cannot be served on this base model or in this pool."""
         self._wanted.discard(fetched.adapter_version)
-        layout = layout_from_proto(fetched.layout)
+        try:
+            layout = layout_from_proto(fetched.layout)
+        except KeyError as error:
+            return DataLoss("ADAPTER_CORRUPT", f"the adapter's layout has an unknown dtype or module: {error}")
         try:
             check_layout(layout, self._geometry.num_layers, self._module_shapes)
         except ValueError as error:

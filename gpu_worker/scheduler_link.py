@@ -21,32 +21,32 @@ class ReportBuffer:
     """Merges step reports until they are sent: latest state of each request, every change of residency."""
 
     def __init__(self) -> None:
-        self._report: scheduler_pb2.StepReport | None = None
+        # Without progress and residency.
+        self._latest = scheduler_pb2.StepReport()
         self._progress: dict[tuple[str, int], scheduler_pb2.RequestProgress] = {}
         self._residency: list[scheduler_pb2.ResidencyDelta] = []
         self.pending = asyncio.Event()
 
     def add(self, report: scheduler_pb2.StepReport) -> None:
-        self._report = report
+        self._latest.CopyFrom(report)
+        self._latest.ClearField("progress")
+        self._latest.ClearField("residency")
         for progress in report.progress:
             self._progress[progress.key.request_id, progress.key.attempt] = progress
         self._residency.extend(report.residency)
         self.pending.set()
 
     def take(self) -> scheduler_pb2.StepReport:
-        """The merged report; empty when nothing was added."""
+        """The merged report; when nothing was added, the latest figures again."""
         merged = scheduler_pb2.StepReport()
-        if self._report is not None:
-            merged.CopyFrom(self._report)
-        del merged.progress[:]
-        del merged.residency[:]
+        merged.CopyFrom(self._latest)
         merged.progress.extend(self._progress.values())
         merged.residency.extend(self._residency)
         self.clear()
         return merged
 
     def clear(self) -> None:
-        self._report = None
+        """Forgets the changes; the figures stay true."""
         self._progress.clear()
         self._residency.clear()
         self.pending.clear()
@@ -102,10 +102,12 @@ class SchedulerLink:
         await self._channel.close()
 
     async def _serve(self) -> None:
+        # Before the call: a write to one that has ended meanwhile does not say why it ended.
+        hello = await self._hello()
         stub = scheduler_pb2_grpc.SchedulerServiceStub(self._channel)
         call = stub.Register()
         try:
-            await call.write(scheduler_pb2.RegisterRequest(hello=await self._hello()))
+            await call.write(scheduler_pb2.RegisterRequest(hello=hello))
             writer = asyncio.create_task(self._write_reports(call))
             try:
                 async for response in call:
@@ -116,6 +118,7 @@ class SchedulerLink:
                         self._face.send_scheduler_commands(response.commands)
             finally:
                 writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
         finally:
             call.cancel()
 
@@ -154,6 +157,8 @@ class SchedulerLink:
 
     def _hang_up(self) -> None:
         """The engine is gone: the scheduler must forget what it had."""
+        # At once: whoever asks before the session has ended must not take the worker for ready.
+        self.registered.clear()
         if self._session is not None:
             self._session.cancel()
 

@@ -40,6 +40,7 @@ async def serve(config: WorkerConfig) -> None:
         await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         await link.drain()
         await _finish_streams(face, config.drain_seconds)
+        face.streams.closing.set()
     finally:
         for task in (stop, readiness, *tasks):
             task.cancel()

@@ -29,17 +29,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         queue = self._face.streams.attach(hello.gateway_id)
         reader = asyncio.create_task(self._read_aborts(request_iterator))
         getter = asyncio.create_task(queue.get())
+        closing = asyncio.create_task(self._face.streams.closing.wait())
         try:
             while True:
-                await asyncio.wait({reader, getter}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({reader, getter, closing}, return_when=asyncio.FIRST_COMPLETED)
                 if not getter.done():
-                    # The gateway closed its half: nobody is left to receive tokens.
+                    if not queue.empty():
+                        continue
+                    # The gateway closed its half, or the worker is about to end: no more tokens go this way.
                     return
                 yield worker_pb2.AttachResponse(tokens=getter.result())
                 getter = asyncio.create_task(queue.get())
         finally:
             reader.cancel()
             getter.cancel()
+            closing.cancel()
             self._face.streams.detach(hello.gateway_id, queue)
 
     async def _read_aborts(self, requests: AsyncIterator[worker_pb2.AttachRequest]) -> None:

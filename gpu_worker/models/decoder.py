@@ -50,11 +50,19 @@ class Decoder:
         fused = _project(x, layer.qkv, QKV, index, batch)
         parts = fused.split_with_sizes(layer.qkv.out_features, dim=1)
         query, key, value = (part.view(len(x), -1, head_dim) for part in parts)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query, key = self._norm_heads(query, layer.q_norm), self._norm_heads(key, layer.k_norm)
         query = store_kv(query, key, value, self._cos_sin, batch.positions, batch.kv_pages, batch.slot_mapping, index)
+        window = self.config.sliding_windows[index]
         mixed = paged_attention(
-            query, batch.kv_pages, batch.page_table, batch.query_start, batch.context_lens, index, self._scale
+            query, batch.kv_pages, batch.page_table, batch.query_start, batch.context_lens, index, self._scale, window
         )
         return _project(mixed.flatten(1), layer.o, OUTPUT, index, batch)
+
+    def _norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """heads: `[num_tokens, num_heads, head_dim]`, weight: `[head_dim]`; each head on its own."""
+        normed, _ = rms_norm(heads.reshape(-1, heads.shape[-1]), weight, self.config.rms_norm_eps)
+        return normed.view(heads.shape)
 
 
 def _mlp(x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:

@@ -28,10 +28,12 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; the norms are `[hidden]`."""
+    """One decoder layer; the norms are `[hidden]`, those of queries and keys `[head_dim]` or absent."""
 
     input_norm: Tensor
     qkv: Projection
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     o: Projection
     post_attention_norm: Tensor
     gate_up: Projection
@@ -126,17 +128,22 @@ def _allocate(config: ModelConfig, allocator: _Allocator) -> DecoderWeights:
 
 def _allocate_layer(config: ModelConfig, allocator: _Allocator, prefix: str) -> LayerWeights:
     shapes = config.geometry.module_shapes
-    hidden = (config.geometry.hidden_size,)
+    hidden, head_dim = (config.geometry.hidden_size,), (config.geometry.head_dim,)
+
+    def norm(name: str, size: tuple[int]) -> Tensor:
+        return allocator.fused((f"{prefix}.{name}.weight",), size)
 
     def projection(block: str, modules: tuple[str, ...], has_bias: bool) -> Projection:
         names = tuple(f"{prefix}.{block}.{module}" for module in modules)
         return allocator.projection(names, tuple(shapes[module] for module in modules), has_bias)
 
     return LayerWeights(
-        input_norm=allocator.fused((f"{prefix}.input_layernorm.weight",), hidden),
-        qkv=projection("self_attn", ("q_proj", "k_proj", "v_proj"), config.attention_bias),
-        o=projection("self_attn", ("o_proj",), config.attention_bias),
-        post_attention_norm=allocator.fused((f"{prefix}.post_attention_layernorm.weight",), hidden),
+        input_norm=norm("input_layernorm", hidden),
+        qkv=projection("self_attn", ("q_proj", "k_proj", "v_proj"), config.qkv_bias),
+        q_norm=norm("self_attn.q_norm", head_dim) if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm", head_dim) if config.qk_norm else None,
+        o=projection("self_attn", ("o_proj",), config.o_bias),
+        post_attention_norm=norm("post_attention_layernorm", hidden),
         gate_up=projection("mlp", ("gate_proj", "up_proj"), config.mlp_bias),
         down=projection("mlp", ("down_proj",), config.mlp_bias),
     )

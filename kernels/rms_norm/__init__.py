@@ -10,7 +10,8 @@ from kernels.rms_norm.reference import rms_norm_reference
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Adds the residual stream, then normalises, in the rounding order of transformers' LlamaRMSNorm.
 
-    x, residual: `[num_tokens, hidden]`, same dtype. weight: `[hidden]`, same dtype.
+    x, residual: `[num_tokens, hidden]`, same dtype. weight: `[hidden]`, same dtype. Rows of another width are as good:
+    the heads of a batch, `[num_tokens * num_heads, head_dim]`.
     Returns (normed, x + residual), both `[num_tokens, hidden]` in x's dtype; without a residual the second is x.
     """
     if dispatch.use_cpu("rms_norm", cpu.supports(x, weight, residual)):

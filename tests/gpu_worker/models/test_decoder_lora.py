@@ -2,100 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 
-from common.packing import MODULE_INDEX, MODULES
-from gpu_worker.models import Decoder, load_model
+from common.packing import MODULES
+from gpu_worker.models import load_model
 from kernels.adapters import AdapterTables
-from tests.gpu_worker.models.checkpoints import draw_tokens, oracle_logits, random_llama, save
+from tests.gpu_worker.models.checkpoints import FAMILIES, draw_tokens, oracle_logits, random_model, save
+from tests.gpu_worker.models.lora_bench import (
+    PATTERNS,
+    RECIPES,
+    RSLORA,
+    Bench,
+    Recipe,
+    build_bench,
+    mixed_batch,
+    pack,
+    take_adapter,
+)
 from tests.gpu_worker.models.stepper import Running, Stepper
-from tests.kernels.adapter_pool import Adapter, LoraWeights, build_tables
+from tests.kernels.adapter_pool import build_tables
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-# (lora_rank, alpha, targets, layers or all, dtype the adapter is stored in)
-ADAPTERS: list[tuple[int, int, list[str], list[int] | None, str]] = [
-    (1, 2, ["q_proj", "v_proj"], None, "float32"),
-    (3, 3, list(MODULES), None, "bfloat16"),
-    (8, 16, ["o_proj", "gate_proj", "down_proj"], [1, 2], "float16"),
-    (16, 8, ["k_proj", "up_proj"], [0], "float32"),
-    (8, 4, list(MODULES), None, "float32"),
-]
-STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# As in test_decoder.py; the way through A and B is longer than the way past them by the rank, at most 16, in each of
-# four projections a layer.
-FLOAT32_RELATIVE = (900 + 3 * 4 * 16) * torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A base model, adapters on it in peft, and the same two in the product's form."""
-
-    oracle: Any
-    decoder: Decoder
-    tables: AdapterTables
-
-    def wanted(self, sequence: Running) -> Tensor:
-        if sequence.adapter < 0:
-            with self.oracle.disable_adapter():
-                return oracle_logits(self.oracle, sequence.tokens)
-        self.oracle.set_adapter(f"adapter-{sequence.adapter}")
-        return oracle_logits(self.oracle, sequence.tokens)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    model = random_llama()
-    decoder = load_model(save(model, tmp_path_factory.mktemp("base")), "float32", "cpu")
-    torch.manual_seed(12)
-    oracle: Any = None
-    for index, (lora_rank, alpha, targets, layers, _) in enumerate(ADAPTERS):
-        config = LoraConfig(
-            r=lora_rank,
-            lora_alpha=alpha,
-            target_modules=targets,
-            layers_to_transform=layers,
-            init_lora_weights=False,
-            lora_dropout=0.0,
-        )
-        if oracle is None:
-            oracle = get_peft_model(model, config, adapter_name=f"adapter-{index}")
-        else:
-            oracle.add_adapter(f"adapter-{index}", config)
-    adapters = [take_adapter(oracle, index) for index in range(len(ADAPTERS))]
-    generator = torch.Generator().manual_seed(13)
-    return Bench(oracle.eval(), decoder, build_tables(adapters, 3, 4096, generator))
-
-
-def take_adapter(oracle: Any, index: int) -> Adapter:
-    """Reads an adapter out of peft, after rounding peft's own copy as the stored one is."""
-    name, dtype = f"adapter-{index}", ADAPTERS[index][4]
-    modules = {}
-    for path, layer in oracle.named_modules():
-        if name in getattr(layer, "lora_A", {}):
-            pair = [getattr(layer, part)[name].weight for part in ("lora_A", "lora_B")]
-            stored = [weight.data.to(STORED[dtype]) for weight in pair]
-            for weight, rounded in zip(pair, stored, strict=True):
-                weight.data = rounded.to(weight.dtype)
-            parts = path.split(".")
-            place = int(parts[parts.index("layers") + 1]), MODULE_INDEX[parts[-1]]
-            modules[place] = LoraWeights(stored[0], stored[1], layer.scaling[name])
-    return Adapter(dtype, modules)
-
-
-def mixed_batch() -> list[Running]:
-    """Every adapter and the base; adapter 4 and the base have two sequences each."""
-    adapters = [-1, 0, 1, 2, 3, 4, 4, -1]
-    return [Running(draw_tokens(5 + 3 * seed, seed), adapter) for seed, adapter in enumerate(adapters)]
+@pytest.fixture(scope="module", params=FAMILIES)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return build_bench(request.param, tmp_path_factory.mktemp("base"))
 
 
 def assert_equals_peft(bench: Bench, tables: AdapterTables | None, chunk_tokens: int) -> None:
@@ -104,7 +44,7 @@ def assert_equals_peft(bench: Bench, tables: AdapterTables | None, chunk_tokens:
     for sequence in sequences:
         wanted = bench.wanted(sequence)
         difference = float((torch.cat(sequence.logits) - wanted).abs().max())
-        assert difference <= FLOAT32_RELATIVE * float(wanted.abs().max()), f"adapter {sequence.adapter}"
+        assert difference <= bench.float32_relative * float(wanted.abs().max()), f"adapter {sequence.adapter}"
 
 
 @pytest.mark.parametrize("chunk_tokens", [33, 5, 1], ids=["whole", "chunks-of-5", "decode"])
@@ -114,10 +54,10 @@ def test_every_row_equals_peft(bench: Bench, chunk_tokens: int) -> None:
 
 def test_every_adapter_changes_every_sequence(bench: Bench) -> None:
     tokens = draw_tokens(9, 3)
-    rows = [bench.wanted(Running(tokens, adapter)) for adapter in range(-1, len(ADAPTERS))]
+    rows = [bench.wanted(Running(tokens, adapter)) for adapter in range(-1, len(RECIPES))]
     for index, one in enumerate(rows):
         for other in rows[:index]:
-            assert float((one - other).abs().max()) > 1000 * FLOAT32_RELATIVE * float(other.abs().max())
+            assert float((one - other).abs().max()) > 1000 * bench.float32_relative * float(other.abs().max())
 
 
 def test_base_rows_do_not_feel_their_neighbours(bench: Bench) -> None:
@@ -126,12 +66,12 @@ def test_base_rows_do_not_feel_their_neighbours(bench: Bench) -> None:
     Stepper(bench.decoder, [alone]).run(33)
     Stepper(bench.decoder, [beside, Running(draw_tokens(7, 4), 1)], bench.tables).run(33)
     difference = float((torch.cat(alone.logits) - torch.cat(beside.logits)).abs().max())
-    assert difference <= FLOAT32_RELATIVE * float(alone.logits[0].abs().max())
+    assert difference <= bench.float32_relative * float(alone.logits[0].abs().max())
 
 
 @contextmanager
-def expect_a_mismatch() -> Iterator[None]:
-    with pytest.raises(AssertionError, match=r"adapter [0-4]"):
+def expect_a_mismatch(adapter: str = "[0-6]") -> Iterator[None]:
+    with pytest.raises(AssertionError, match=rf"adapter {adapter}"):
         yield
 
 
@@ -140,12 +80,29 @@ def test_ignored_scaling_is_noticed(bench: Bench) -> None:
         assert_equals_peft(bench, replace(bench.tables, scaling=torch.ones_like(bench.tables.scaling)), 33)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "changes"),
+    [
+        (PATTERNS, {"alpha_pattern": {}}),
+        (PATTERNS, {"alpha_pattern": {"v_proj": 20}}),
+        (PATTERNS, {"rank_pattern": {}}),
+        (RSLORA, {"use_rslora": False}),
+        (RSLORA, {"rank_pattern": {}}),
+    ],
+    ids=["alpha-pattern", "one-of-two-alpha-patterns", "rank-pattern-in-scaling", "rslora", "rslora-of-rank-pattern"],
+)
+def test_an_ignored_option_is_noticed(bench: Bench, adapter: int, changes: dict[str, Any]) -> None:
+    recipes = [replace(recipe, **changes) if row == adapter else recipe for row, recipe in enumerate(RECIPES)]
+    with expect_a_mismatch(str(adapter)):
+        assert_equals_peft(bench, pack(bench.oracle, recipes), 33)
+
+
 def test_swapped_adapters_are_noticed(bench: Bench) -> None:
     swapped = {
-        name: getattr(bench.tables, name)[[0, 1, 2, 4, 3]]
+        name: getattr(bench.tables, name)[[0, 1, 2, 4, 3, 5, 6]]
         for name in ("page_table", "start_unit", "lora_rank", "scaling", "dtype")
     }
-    with expect_a_mismatch():
+    with expect_a_mismatch("[34]"):
         assert_equals_peft(bench, replace(bench.tables, **swapped), 33)
 
 
@@ -163,20 +120,18 @@ def test_lora_left_out_is_noticed(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("lora_dtype", ["bfloat16", "float32"])
-def test_bfloat16_is_as_good_as_peft(lora_dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_good_as_peft(family: str, lora_dtype: str, tmp_path: Path) -> None:
     """The error against float32 logits of the same weights is at most twice that of peft's bfloat16 run."""
-    model = random_llama().bfloat16()
+    model = random_model(family).bfloat16()
     decoder = load_model(save(model, tmp_path), "auto", "cpu")
     torch.manual_seed(14)
-    config = LoraConfig(r=8, lora_alpha=4, target_modules=list(MODULES), init_lora_weights=False)
-    oracle = get_peft_model(model, config, adapter_name="adapter-4", autocast_adapter_dtype=lora_dtype == "float32")
+    recipe = Recipe(8, 4, dtype=lora_dtype)
+    autocast = lora_dtype == "float32"
+    oracle = get_peft_model(model, recipe.to_peft(), adapter_name="adapter", autocast_adapter_dtype=autocast)
     oracle.eval()
-    adapter = replace(take_adapter(oracle, 4), dtype=lora_dtype)
-    stored = {
-        place: replace(lora, a=lora.a.to(STORED[lora_dtype]), b=lora.b.to(STORED[lora_dtype]))
-        for place, lora in adapter.modules.items()
-    }
-    tables = build_tables([replace(adapter, modules=stored)], 3, 4096, torch.Generator().manual_seed(15))
+    adapter = take_adapter(oracle, "adapter", recipe)
+    tables = build_tables([adapter], 3, 4096, torch.Generator().manual_seed(15))
     sequence = Running(draw_tokens(33, 1), 0)
     Stepper(decoder, [sequence], tables).run(5)
     theirs = oracle_logits(oracle, sequence.tokens)

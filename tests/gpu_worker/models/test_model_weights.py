@@ -1,6 +1,5 @@
 """What a checkpoint folder can lack or hold too much, each named."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_worker.models import load_model
-from tests.gpu_worker.models.checkpoints import random_llama, save
+from tests.gpu_worker.models.checkpoints import edit_config, random_model, save
 
 Q_WEIGHT = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return save(random_llama(), tmp_path)
+    return save(random_model(), tmp_path)
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -25,11 +24,6 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> N
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_fuses_and_casts(folder: Path) -> None:
@@ -42,6 +36,19 @@ def test_fuses_and_casts(folder: Path) -> None:
     assert torch.equal(layer.gate_up.weight, torch.cat(parts).bfloat16())
     assert layer.gate_up.out_features == (80, 80)
     assert layer.down.in_features == 80
+    assert (layer.q_norm, layer.k_norm, layer.qkv.bias, layer.o.bias) == (None, None, None, None)
+
+
+def test_norms_and_biases_of_queries_and_keys(tmp_path: Path) -> None:
+    tensors = load_file(save(random_model("qwen3-biases-window"), tmp_path) / "model.safetensors")
+    layer = load_model(tmp_path, "float32", "cpu").weights.layers[2]
+    prefix = "model.layers.2.self_attn"
+    assert layer.q_norm is not None
+    assert layer.k_norm is not None
+    assert layer.qkv.bias is not None
+    assert torch.equal(layer.q_norm, tensors[f"{prefix}.q_norm.weight"])
+    assert torch.equal(layer.k_norm, tensors[f"{prefix}.k_norm.weight"])
+    assert torch.equal(layer.qkv.bias, torch.cat([tensors[f"{prefix}.{name}_proj.bias"] for name in "qkv"]))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def test_fuses_and_casts(folder: Path) -> None:
     ],
 )
 def test_serving_dtype(requested: str, stored: str, served: torch.dtype, tmp_path: Path) -> None:
-    save(random_llama().to(getattr(torch, stored)), tmp_path)
+    save(random_model().to(getattr(torch, stored)), tmp_path)
     decoder = load_model(tmp_path, requested, "cpu")
     assert decoder.dtype == served
     assert {decoder.weights.final_norm.dtype, decoder.weights.layers[0].qkv.weight.dtype} == {served}
@@ -77,6 +84,39 @@ def test_missing_biases(folder: Path) -> None:
     edit_config(folder, mlp_bias=True)
     with pytest.raises(ValueError, match=r"lacks 9 tensors of this model, first model.layers.0.mlp.down_proj.bias"):
         load_model(folder, "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "also"),
+    [
+        ("qwen3", "q_norm.weight", "k_norm.weight"),
+        ("qwen2", "v_proj.bias", "q_proj.bias"),
+        ("qwen3-biases-window", "o_proj.bias", "k_norm.weight"),
+        ("mistral", "o_proj.weight", "v_proj.weight"),
+    ],
+)
+def test_each_family_names_what_it_lacks(variant: str, name: str, also: str, tmp_path: Path) -> None:
+    save(random_model(variant), tmp_path)
+    names = [f"model.layers.1.self_attn.{name}", f"model.layers.2.self_attn.{also}"]
+    edit_tensors(tmp_path, lambda tensors: [tensors.pop(name) for name in names])
+    with pytest.raises(ValueError, match=f"lacks 2 tensors of this model, first {names[0]}"):
+        load_model(tmp_path, "float32", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("stored", "taken_for", "name"),
+    [
+        ("qwen3", "llama", "k_norm.weight"),
+        ("qwen2", "mistral", "k_proj.bias"),
+        ("llama-biases", "qwen2", "o_proj.bias"),
+    ],
+)
+def test_a_checkpoint_of_another_family_is_refused(stored: str, taken_for: str, name: str, tmp_path: Path) -> None:
+    save(random_model(stored), tmp_path)
+    edit_config(tmp_path, model_type=taken_for, attention_bias=False, mlp_bias=False)
+    pattern = rf"holds model\.layers\.\d\.(self_attn\.{name}|mlp\.\w+\.bias), which this model does not have"
+    with pytest.raises(ValueError, match=pattern):
+        load_model(tmp_path, "float32", "cpu")
 
 
 def test_wrong_shape(folder: Path) -> None:
@@ -110,7 +150,7 @@ def test_a_tied_output_matrix_may_be_stored_too(folder: Path) -> None:
 
 
 def test_missing_shard(tmp_path: Path) -> None:
-    save(random_llama(), tmp_path, max_shard_size="60KB")
+    save(random_model(), tmp_path, max_shard_size="60KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=f"shard {shard.name} .* is missing"):

@@ -1,0 +1,173 @@
+"""Store → host: verified, cached, each digest once, and nothing half left behind."""
+
+import asyncio
+import contextlib
+import hashlib
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from common.wire import layout_to_proto
+from gpu_worker.fetcher import Fetcher
+from gpu_worker.metrics import WorkerMetrics
+from loraplex.v1 import engine_pb2
+from tests.gpu_worker.neighbours import FakeStore, serving
+from tests.gpu_worker.tiny_model import TinyAdapter
+
+TIMEOUT_SECONDS = 20.0
+
+
+class Answers:
+    """A fetcher and what it told the engine."""
+
+    def __init__(self, address: str, cache: Path) -> None:
+        self._queue: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
+        self.registry = CollectorRegistry()
+        self.fetcher = Fetcher(address, cache, WorkerMetrics(self.registry), self._queue.put_nowait)
+
+    def ask(self, adapter_version: str) -> None:
+        self.fetcher.fetch(engine_pb2.AdapterNeeded(tenant="default", adapter_version=adapter_version))
+
+    async def next(self) -> engine_pb2.EngineCommand:
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            return await self._queue.get()
+
+    async def fetch(self, adapter_version: str) -> engine_pb2.EngineCommand:
+        self.ask(adapter_version)
+        return await self.next()
+
+
+@contextlib.asynccontextmanager
+async def asking(address: str, cache: Path) -> AsyncIterator[Answers]:
+    answers = Answers(address, cache)
+    try:
+        yield answers
+    finally:
+        await answers.fetcher.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+async def store(tiny_adapters: list[TinyAdapter]) -> FakeStore:
+    store = FakeStore()
+    store.adapters = {adapter.version: adapter for adapter in tiny_adapters}
+    return store
+
+
+@pytest.fixture
+async def answers(store: FakeStore, cache: Path) -> AsyncIterator[Answers]:
+    async with serving(store) as address, asking(address, cache) as answers:
+        yield answers
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def damage(path: str) -> None:
+    Path(path).write_bytes(b"damaged")
+
+
+def files(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+async def test_a_fetched_adapter_is_in_a_file(answers: Answers, store: FakeStore) -> None:
+    fetched = (await answers.fetch("rank-8")).adapter_fetched
+    assert read(fetched.path) == store.adapters["rank-8"].content
+
+
+async def test_its_layout_comes_along(answers: Answers, store: FakeStore) -> None:
+    fetched = (await answers.fetch("rank-8")).adapter_fetched
+    assert fetched.layout == layout_to_proto(store.adapters["rank-8"].layout)
+
+
+async def test_a_second_time_nothing_is_downloaded(answers: Answers, store: FakeStore) -> None:
+    first = await answers.fetch("rank-8")
+    # From here on a download would never end.
+    store.go_on.clear()
+    assert await answers.fetch("rank-8") == first
+
+
+async def test_a_damaged_file_is_downloaded_anew(answers: Answers, store: FakeStore) -> None:
+    path = (await answers.fetch("rank-8")).adapter_fetched.path
+    damage(path)
+    await answers.fetch("rank-8")
+    assert read(path) == store.adapters["rank-8"].content
+
+
+class TestWrongBytes:
+    @pytest.fixture(autouse=True)
+    def corrupt(self, store: FakeStore, tmp_path: Path) -> None:
+        store.adapters["rank-8"] = store.adapters["rank-8"].corrupted(tmp_path)
+
+    async def test_they_are_refused(self, answers: Answers) -> None:
+        error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+        assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS.value[0], "ADAPTER_CORRUPT")
+
+    async def test_they_leave_no_file(self, answers: Answers, cache: Path) -> None:
+        await answers.fetch("rank-8")
+        assert files(cache) == []
+
+    async def test_they_are_counted(self, answers: Answers) -> None:
+        await answers.fetch("rank-8")
+        name, labels = "loraplex_adapter_load_failures_total", {"reason": "adapter_corrupt"}
+        assert answers.registry.get_sample_value(name, labels) == 1
+
+
+async def test_too_few_bytes_are_refused_with_both_numbers(answers: Answers, store: FakeStore, tmp_path: Path) -> None:
+    whole = store.adapters["rank-8"]
+    path = tmp_path / "short"
+    path.write_bytes(whole.content[:-1])
+    store.adapters["rank-8"] = replace(whole, path=path)
+    error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    size = whole.layout.total_bytes
+    assert error.message.startswith(f"{size - 1} of {size} bytes came")
+
+
+async def test_an_unknown_adapter_is_the_stores_word(answers: Answers) -> None:
+    error = (await answers.fetch("nobody")).adapter_fetch_failed.error
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND.value[0], "ADAPTER_NOT_FOUND")
+
+
+async def test_a_store_that_is_down_is_unavailable(cache: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        async with asking(address, cache) as answers:
+            error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    assert error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert error.retry_after_seconds > 0
+
+
+async def test_a_cache_that_cannot_be_written_fails_the_adapter(
+    answers: Answers, store: FakeStore, cache: Path
+) -> None:
+    # Not even root can write a file over a folder.
+    (cache / f"{store.adapters['rank-8'].layout.sha256}.packed").mkdir()
+    error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    assert error.reason == "CACHE_WRITE_FAILED"
+
+
+async def test_two_versions_of_the_same_bytes_come_at_once(answers: Answers, store: FakeStore, cache: Path) -> None:
+    """The same weights with another alpha: scaling is beside the bytes."""
+    first = store.adapters["rank-8"]
+    store.adapters["twin"] = replace(first, version="twin")
+    store.go_on.clear()
+    answers.ask("rank-8")
+    answers.ask("twin")
+    for _ in range(2):
+        await store.started.get()
+    store.go_on.set()
+    both = [await answers.next(), await answers.next()]
+    assert [command.WhichOneof("command") for command in both] == ["adapter_fetched"] * 2
+    assert files(cache) == [f"{hashlib.sha256(first.content).hexdigest()}.packed"]

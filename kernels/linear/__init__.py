@@ -1,5 +1,6 @@
 """linear: the product with a base weight."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
@@ -7,10 +8,30 @@ from kernels.linear import cpu
 from kernels.linear.packed import PackedWeight, pack
 from kernels.linear.reference import linear_reference
 
-__all__ = ["PackedWeight", "linear", "pack"]
+__all__ = ["PackedWeight", "Weight", "as_rows", "embedding", "linear", "pack", "prepare"]
+
+# [out_features, in_features], as rows or in panels
+Weight = Tensor | PackedWeight
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+def prepare(weight: Weight) -> Weight:
+    """The form that `linear` reads fastest on this device; the memory of `weight` may be reused, see `pack`."""
+    if isinstance(weight, PackedWeight) or weight.dtype not in cpu.WEIGHT_DTYPES:
+        return weight
+    return pack(weight) if weight.is_cpu and dispatch.available() else weight
+
+
+def as_rows(weight: Weight) -> Tensor:
+    """`[out_features, in_features]`; a copy when it is packed."""
+    return weight.unpacked() if isinstance(weight, PackedWeight) else weight
+
+
+def embedding(indices: Tensor, weight: Weight) -> Tensor:
+    """`[num_tokens, in_features]`: the rows of the weight at indices `[num_tokens]` int64."""
+    return weight.rows(indices) if isinstance(weight, PackedWeight) else F.embedding(indices, weight)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias.
 
     x: `[num_tokens, in_features]`. weight: `[out_features, in_features]`, packed for the compiled kernel. bias:
@@ -18,9 +39,6 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     once.
     """
     supported = isinstance(weight, PackedWeight) and cpu.supports(x, weight, bias)
-    runs_compiled = dispatch.use_cpu("linear", supported)
-    if isinstance(weight, PackedWeight):
-        if runs_compiled:
-            return cpu.linear_cpu(x, weight, bias)
-        weight = weight.unpacked()
-    return linear_reference(x, weight, bias)
+    if dispatch.use_cpu("linear", supported) and isinstance(weight, PackedWeight):
+        return cpu.linear_cpu(x, weight, bias)
+    return linear_reference(x, as_rows(weight), bias)

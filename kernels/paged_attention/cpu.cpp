@@ -28,6 +28,10 @@ struct Attention {
   int32_t query_dtype, page_dtype;
 
   int64_t group() const { return num_heads / num_kv_heads; }
+  // head_dim in whole vectors: rows of a Workspace, zero behind head_dim
+  int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  // keys and values can be read where they lie
+  bool is_direct() const { return page_dtype == kFloat32 && width() == head_dim; }
   // the query tokens that a task takes
   int64_t task_tokens() const { return std::max<int64_t>(1, kTileRows / group()); }
 };
@@ -50,31 +54,36 @@ struct Workspace {
   const float* value[kTile];
 
   explicit Workspace(const Attention& op) {
-    const int64_t rows = op.task_tokens() * op.group(), row_floats = rows * op.head_dim;
+    const int64_t rows = op.task_tokens() * op.group(), row_floats = rows * op.width();
     query.resize(row_floats);
     mixed.resize(2 * row_floats);
     scores.resize(rows * kTile);
-    if (op.page_dtype != kFloat32) keys.resize(kTile * op.head_dim), values.resize(kTile * op.head_dim);
+    if (!op.is_direct()) keys.resize(kTile * op.width()), values.resize(kTile * op.width());
     for (int64_t row = 0; row < rows; ++row) {
-      parts.push_back({0, 0, mixed.data() + row * op.head_dim});
-      merged.push_back({0, 0, mixed.data() + row_floats + row * op.head_dim});
+      parts.push_back({0, 0, mixed.data() + row * op.width()});
+      merged.push_back({0, 0, mixed.data() + row_floats + row * op.width()});
     }
   }
 };
 
+template <typename T>
+void widen(const T* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, static_cast<int>(size - i)));
+}
+
 void read_query(const Attention& op, const Rows& rows, Workspace& work) {
-  const int64_t width = op.group() * op.head_dim;
   with_type(op.query_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t index = 0; index < rows.tokens; ++index) {
+    for (int64_t row = 0; row < rows.tokens * op.group(); ++row) {
+      const int64_t head = rows.kv_head * op.group() + row % op.group();
       const T* from = static_cast<const T*>(op.query) +
-                      ((rows.token + index) * op.num_heads + rows.kv_head * op.group()) * op.head_dim;
-      for (int64_t i = 0; i < width; i += kLanes) store(work.query.data() + index * width + i, load(from + i));
+                      ((rows.token + row / op.group()) * op.num_heads + head) * op.head_dim;
+      widen(from, op.head_dim, work.query.data() + row * op.width());
     }
   });
 }
 
-// Points at keys [first, end) of a tile, converting them if they are not float32; what is behind repeats the last one.
+// Points at keys [first, end) of a tile, or at copies as float32; what is behind repeats the last one.
 template <typename T>
 void read_tile(const Attention& op, const Rows& rows, int64_t tile, int64_t first, int64_t end, Workspace& work) {
   const int32_t* table = op.page_table + rows.sequence * op.max_pages;
@@ -82,26 +91,24 @@ void read_tile(const Attention& op, const Rows& rows, int64_t tile, int64_t firs
     const int64_t position = std::clamp(tile + i, first, end - 1), page = table[position / op.page_size];
     const T* key = static_cast<const T*>(op.pages) + page * op.page_stride + position % op.page_size * op.slot_stride +
                    rows.kv_head * op.head_stride;
-    if constexpr (std::is_same_v<T, float>) {
-      work.key[i] = key;
-      work.value[i] = key + op.value_offset;
+    if (op.is_direct()) {
+      work.key[i] = reinterpret_cast<const float*>(key);
+      work.value[i] = reinterpret_cast<const float*>(key + op.value_offset);
     } else {
-      float* keys = work.keys.data() + i * op.head_dim;
-      float* values = work.values.data() + i * op.head_dim;
-      for (int64_t d = 0; d < op.head_dim; d += kLanes) {
-        store(keys + d, load(key + d));
-        store(values + d, load(key + op.value_offset + d));
-      }
+      float* keys = work.keys.data() + i * op.width();
+      float* values = work.values.data() + i * op.width();
+      widen(key, op.head_dim, keys);
+      widen(key + op.value_offset, op.head_dim, values);
       work.key[i] = keys;
       work.value[i] = values;
     }
   }
 }
 
-// Eight scores: each is the sum of eight lanes, each a chain over head_dim.
-void score(const float* query, const float* const* keys, int64_t head_dim, float* out) {
+// Eight scores: each is the sum of eight lanes, each a chain over the head's width.
+void score(const float* query, const float* const* keys, int64_t width, float* out) {
   __m256 sums8[kLanes] = {};
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
+  for (int64_t d = 0; d < width; d += kLanes) {
     const __m256 q = load(query + d);
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes; ++i) sums8[i] = fma(q, load(keys[i] + d), sums8[i]);
@@ -126,17 +133,17 @@ void mix(const float* weights, const float* const* values, int64_t first, int64_
 
 void attend_row(const Attention& op, const float* query, const Workspace& work, int64_t low, int64_t high, float* scores,
                 Part& part) {
-  for (int64_t i = low / kLanes * kLanes; i < high; i += kLanes) score(query, work.key + i, op.head_dim, scores + i);
-  weigh(scores, low, high, op.scale, part, op.head_dim);
+  for (int64_t i = low / kLanes * kLanes; i < high; i += kLanes) score(query, work.key + i, op.width(), scores + i);
+  weigh(scores, low, high, op.scale, part, op.width());
   int64_t d = 0;
-  for (; d + 8 * kLanes <= op.head_dim; d += 8 * kLanes) mix<8>(scores, work.value, low, high, d, part.mixed);
-  for (; d < op.head_dim; d += kLanes) mix<1>(scores, work.value, low, high, d, part.mixed);
+  for (; d + 8 * kLanes <= op.width(); d += 8 * kLanes) mix<8>(scores, work.value, low, high, d, part.mixed);
+  for (; d < op.width(); d += kLanes) mix<1>(scores, work.value, low, high, d, part.mixed);
 }
 
 // The part of each row over the keys of one chunk, into work.parts. A row that sees none keeps an empty part.
 void attend_chunk(const Attention& op, const Rows& rows, int64_t chunk, Workspace& work) {
   const int64_t group = op.group(), last = rows.tokens - 1;
-  for (int64_t row = 0; row < rows.tokens * group; ++row) work.parts[row].clear(op.head_dim);
+  for (int64_t row = 0; row < rows.tokens * group; ++row) work.parts[row].clear(op.width());
   const int64_t first = std::max(chunk, rows.first_key(op, 0)), end = std::min(chunk + kChunk, rows.end_key(last));
   for (int64_t tile = first / kTile * kTile; tile < end; tile += kTile) {
     const int64_t tile_first = std::max(tile, first), tile_end = std::min(tile + kTile, end);
@@ -147,7 +154,7 @@ void attend_chunk(const Attention& op, const Rows& rows, int64_t chunk, Workspac
       const int64_t low = std::max(tile, rows.first_key(op, row / group)) - tile;
       const int64_t high = std::min(tile + kTile, rows.end_key(row / group)) - tile;
       if (low < high)
-        attend_row(op, work.query.data() + row * op.head_dim, work, low, high, work.scores.data() + row * kTile,
+        attend_row(op, work.query.data() + row * op.width(), work, low, high, work.scores.data() + row * kTile,
                    work.parts[row]);
     }
   }
@@ -160,7 +167,8 @@ void write_out(const Attention& op, const Rows& rows, const std::vector<Part>& p
       const int64_t token = rows.token + row / op.group(), head = rows.kv_head * op.group() + row % op.group();
       T* out = static_cast<T*>(op.out) + (token * op.num_heads + head) * op.head_dim;
       const __m256 total = _mm256_set1_ps(parts[row].total);
-      for (int64_t d = 0; d < op.head_dim; d += kLanes) store(out + d, _mm256_div_ps(load(parts[row].mixed + d), total));
+      for (int64_t d = 0; d < op.head_dim; d += kLanes)
+        store_first(out + d, _mm256_div_ps(load(parts[row].mixed + d), total), static_cast<int>(op.head_dim - d));
     }
   });
 }
@@ -171,7 +179,7 @@ void merge_chunk(const Attention& op, const Rows& rows, int64_t chunk, const std
   for (int64_t row = 0; row < rows.tokens * op.group(); ++row) {
     const int64_t index = row / op.group();
     if (rows.first_key(op, index) < chunk + kChunk && chunk < rows.end_key(index))
-      merged[row].merge(parts[row], op.head_dim);
+      merged[row].merge(parts[row], op.width());
   }
 }
 
@@ -180,7 +188,7 @@ int64_t first_chunk(const Attention& op, const Rows& rows) { return rows.first_k
 // One thread takes the chunks in order.
 void attend(const Attention& op, const Rows& rows, Workspace& work) {
   read_query(op, rows, work);
-  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.head_dim);
+  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.width());
   for (int64_t chunk = first_chunk(op, rows); chunk < rows.end_key(rows.tokens - 1); chunk += kChunk) {
     attend_chunk(op, rows, chunk, work);
     merge_chunk(op, rows, chunk, work.parts, work.merged);
@@ -218,10 +226,10 @@ struct ChunkTask {
   std::vector<Part> parts;
 
   void keep(const Attention& op, const std::vector<Part>& found) {
-    mixed.resize(found.size() * op.head_dim);
+    mixed.resize(found.size() * op.width());
     for (size_t row = 0; row < found.size(); ++row) {
-      float* to = mixed.data() + row * op.head_dim;
-      std::copy(found[row].mixed, found[row].mixed + op.head_dim, to);
+      float* to = mixed.data() + row * op.width();
+      std::copy(found[row].mixed, found[row].mixed + op.width(), to);
       parts.push_back({found[row].largest, found[row].total, to});
     }
   }
@@ -229,7 +237,7 @@ struct ChunkTask {
 
 void merge_tile(const Attention& op, const ChunkTask* begin, const ChunkTask* end, Workspace& work) {
   const Rows& rows = *begin->rows;
-  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.head_dim);
+  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.width());
   for (const ChunkTask* task = begin; task != end; ++task) merge_chunk(op, rows, task->chunk, task->parts, work.merged);
   write_out(op, rows, work.merged);
 }

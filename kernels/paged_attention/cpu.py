@@ -8,8 +8,6 @@ from torch import Tensor
 
 from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
 
-LANES = 8
-
 
 class _Attention(ctypes.Structure):
     _fields_ = (
@@ -24,13 +22,7 @@ class _Attention(ctypes.Structure):
 
 
 def supports(query: Tensor, kv_pages: Tensor, page_table: Tensor) -> bool:
-    return (
-        is_plain(query)
-        and query.shape[2] % LANES == 0
-        and kv_pages.dtype in DTYPE_CODES
-        and kv_pages.stride(5) == 1
-        and page_table.is_contiguous()
-    )
+    return is_plain(query) and kv_pages.dtype in DTYPE_CODES and kv_pages.stride(5) == 1 and page_table.is_contiguous()
 
 
 def paged_attention_cpu(

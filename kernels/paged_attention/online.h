@@ -11,27 +11,27 @@ namespace loraplex {
 // Of one row over some keys: the largest score, the sum of e^(score - largest), and the values weighted by the same.
 struct Part {
   float largest, total;
-  float* mixed;  // [head_dim]
+  float* mixed;  // [width], whole vectors
 
-  void clear(int64_t head_dim) {
+  void clear(int64_t width) {
     largest = -INFINITY;
     total = 0.0f;
-    for (int64_t i = 0; i < head_dim; i += kLanes) store(mixed + i, _mm256_setzero_ps());
+    for (int64_t i = 0; i < width; i += kLanes) store(mixed + i, _mm256_setzero_ps());
   }
 
-  void scale(float factor, int64_t head_dim) {
+  void scale(float factor, int64_t width) {
     total *= factor;
-    for (int64_t i = 0; i < head_dim; i += kLanes)
+    for (int64_t i = 0; i < width; i += kLanes)
       store(mixed + i, _mm256_mul_ps(load(mixed + i), _mm256_set1_ps(factor)));
   }
 
   // A part of later keys.
-  void merge(const Part& later, int64_t head_dim) {
+  void merge(const Part& later, int64_t width) {
     const float top = std::fmax(largest, later.largest);
-    scale(exp(largest - top), head_dim);
+    scale(exp(largest - top), width);
     const float factor = exp(later.largest - top);
     total = std::fma(later.total, factor, total);
-    for (int64_t i = 0; i < head_dim; i += kLanes)
+    for (int64_t i = 0; i < width; i += kLanes)
       store(mixed + i, fma(load(later.mixed + i), _mm256_set1_ps(factor), load(mixed + i)));
     largest = top;
   }
@@ -39,7 +39,7 @@ struct Part {
 
 // Turns scores [low, high) into weights relative to the part's new largest. Whole vectors are worked on: the lanes
 // beside the range become 0, which adds nothing to any lane's sum.
-inline void weigh(float* scores, int64_t low, int64_t high, float scale, Part& part, int64_t head_dim) {
+inline void weigh(float* scores, int64_t low, int64_t high, float scale, Part& part, int64_t width) {
   const int64_t begin = low / kLanes * kLanes, end = (high + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = begin; i < low; ++i) scores[i] = -INFINITY;
   for (int64_t i = high; i < end; ++i) scores[i] = -INFINITY;
@@ -50,7 +50,7 @@ inline void weigh(float* scores, int64_t low, int64_t high, float scale, Part& p
     top = _mm256_max_ps(top, scaled);
   }
   const float largest = std::fmax(part.largest, max(top));
-  if (largest > part.largest) part.scale(exp(part.largest - largest), head_dim);
+  if (largest > part.largest) part.scale(exp(part.largest - largest), width);
   part.largest = largest;
   __m256 total = _mm256_setzero_ps();
   for (int64_t i = begin; i < end; i += kLanes) {

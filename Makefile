@@ -12,12 +12,13 @@ BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test tools release-protos clean
+.PHONY: help install stubs demo run demo-model check test bench-kernels tools release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Create .venv and install the tree into it; quick when nothing changed
+install: $(INSTALLED) ## Create .venv, install the tree into it, compile the CPU kernels; quick when nothing changed
+	@$(BIN)/python -m kernels.build
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -48,6 +49,9 @@ check: install stubs tools ## Lint, types, import rules, protos
 test: install stubs ## Run the tests on two processes; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(ARGS)
 
+bench-kernels: install ## Time every kernel against its floor, one JSON line a row; refuses when its tests are red
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
 tools: $(BUF) ## Install buf into ./tools (needs npm)
 
 $(BUF):
@@ -57,5 +61,5 @@ release-protos: tools ## Make today's protos the released set that `buf breaking
 	cd protos && ../$(BUF) build --exclude-source-info -o $(BASELINE)
 
 clean: ## Remove stubs, build output and caches; keeps .venv and tools
-	rm -rf build dist *.egg-info loraplex/v1/*_pb2* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info kernels/cpu/*.so loraplex/v1/*_pb2* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -not -path './tools/*' -prune -exec rm -rf {} +

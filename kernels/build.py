@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from shutil import which
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = HERE / "cpu"
 # No contraction: what is fused is written in the sources, so that bits do not depend on the compiler.
-FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v3", "-ffp-contract=off", "-fopenmp", "-fPIC")
 # GCC 12 takes a trick in its own AVX-512 header for a use of uninitialised values.
 WARNINGS = ("-Wall", "-Wextra", "-Wno-maybe-uninitialized")
 
@@ -35,17 +36,28 @@ def build(compiler: str) -> Path:
     path = library_path()
     if path.exists():
         return path
-    # Renamed when whole: another process may be loading, or compiling too.
-    partial = path.with_suffix(f".{os.getpid()}.partial.so")
-    try:
-        subprocess.run([compiler, *FLAGS, *WARNINGS, "-o", str(partial), *map(str, sources())], check=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Moved when whole: another process may be loading, or compiling too.
+    with TemporaryDirectory(dir=LIBRARIES, prefix=".build-") as folder:
+        whole = Path(folder) / path.name
+        objects = _compile(compiler, Path(folder))
+        subprocess.run([compiler, *FLAGS, "-shared", "-o", str(whole), *objects], check=True)
+        whole.replace(path)
     for old in LIBRARIES.glob("libkernels-*.so"):
-        if old != path and ".partial" not in old.name:
+        if old != path:
             old.unlink(missing_ok=True)
     return path
+
+
+def _compile(compiler: str, folder: Path) -> list[str]:
+    """One process per source, all at once."""
+    running = {}
+    for index, source in enumerate(sources()):
+        out = str(folder / f"{index}.o")
+        running[out] = subprocess.Popen([compiler, *FLAGS, *WARNINGS, "-c", "-o", out, str(source)])
+    codes = [process.wait() for process in running.values()]
+    if any(codes):
+        raise subprocess.CalledProcessError(max(codes), compiler)
+    return list(running)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from kernels.rms_norm import rms_norm
 from kernels.rms_norm.reference import rms_norm_reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NORM_EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

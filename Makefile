@@ -13,12 +13,13 @@ BASELINE := released/v1.txtpb
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench-store tools release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench-store tools bench-kernels release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## Create .venv and install the tree into it; quick when nothing changed
+install: $(INSTALLED) ## Create .venv, install the tree into it, compile the CPU kernels; quick when nothing changed
+	@$(BIN)/python -m kernels.build
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -61,6 +62,8 @@ fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store
+bench-kernels: install ## Time every kernel against its floor, one JSON line a row; refuses when its tests are red
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 tools: $(BUF) ## Install buf into ./tools (needs npm)
 
@@ -71,5 +74,5 @@ release-protos: tools ## Make today's protos the released set that `buf breaking
 	cd protos && ../$(BUF) build --exclude-source-info -o $(BASELINE)
 
 clean: ## Remove stubs, build output and caches; keeps .venv and tools
-	rm -rf build dist *.egg-info loraplex/v1/*_pb2* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info kernels/cpu/*.so loraplex/v1/*_pb2* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -not -path './tools/*' -prune -exec rm -rf {} +

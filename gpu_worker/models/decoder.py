@@ -1,13 +1,13 @@
 """The forward pass."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_worker.batch import ForwardBatch
 from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.rope import cos_sin_table
 from gpu_worker.models.weights import DecoderWeights, LayerWeights, Projection
+from kernels.linear import embedding, linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink
 from kernels.paged_attention import paged_attention
@@ -34,7 +34,7 @@ class Decoder:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits `[num_logits, vocab]` float32 of the batch's `logit_rows`; writes this step's keys and values."""
         eps = self.config.rms_norm_eps
-        x = F.embedding(batch.token_ids, self.weights.embedding)
+        x = embedding(batch.token_ids, self.weights.embedding)
         residual = None
         for index, layer in enumerate(self.weights.layers):
             x, residual = rms_norm(x, layer.input_norm, eps, residual)
@@ -43,7 +43,7 @@ class Decoder:
             x = _mlp(x, layer, index, batch)
         rows = batch.logit_rows
         x, _ = rms_norm(x[rows], self.weights.final_norm, eps, None if residual is None else residual[rows])
-        return F.linear(x, self.weights.lm_head).to(torch.float32)
+        return linear(x, self.weights.lm_head).to(torch.float32)
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:
         head_dim = self.config.geometry.head_dim
@@ -72,7 +72,7 @@ def _mlp(x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Ten
 
 def _project(x: Tensor, projection: Projection, modules: tuple[int, ...], layer: int, batch: ForwardBatch) -> Tensor:
     """`[num_tokens, sum(out_features)]`: one product for the whole batch, each token's adapter on top."""
-    out = F.linear(x, projection.weight, projection.bias)
+    out = linear(x, projection.weight, projection.bias)
     adapters, segments = batch.adapters, batch.segments
     if adapters is not None:
         shrunk = lora_shrink(x, adapters, segments, layer, modules)

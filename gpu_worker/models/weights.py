@@ -1,7 +1,7 @@
 """The weights of a decoder, fused as the forward pass wants them and read from safetensors."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.base_model import weight_files
 from gpu_worker.models.config import ModelConfig
+from kernels.linear import Weight, prepare
 
 # Old checkpoints carry this table of frequencies; it follows from the config.
 KNOWN_BUFFERS = ("rotary_emb.inv_freq",)
@@ -20,7 +21,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Projection:
     """Linear layers that share an input. weight: `[sum(out_features), in_features]`, bias: `[sum(out_features)]`."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     in_features: int
     out_features: tuple[int, ...]
@@ -44,11 +45,11 @@ class LayerWeights:
 class DecoderWeights:
     """All weights of a decoder, in the serving dtype on one device; the embedding is `[vocab, hidden]`."""
 
-    embedding: Tensor
+    embedding: Weight
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     # [vocab, hidden]; the embedding itself when tied
-    lm_head: Tensor
+    lm_head: Weight
 
 
 def load_weights(
@@ -72,7 +73,23 @@ def load_weights(
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if missing:
         raise ValueError(f"{model_dir} lacks {len(missing)} tensors of this model, first {min(missing)}")
-    return weights
+    return _prepare(weights)
+
+
+def _prepare(weights: DecoderWeights) -> DecoderWeights:
+    """The matrices in the form that the products read fastest, in the same memory: `weights` is spent."""
+    lm_head = prepare(weights.lm_head)
+    tied = weights.lm_head is weights.embedding
+    layers = tuple(_prepare_layer(layer) for layer in weights.layers)
+    return replace(weights, embedding=lm_head if tied else weights.embedding, layers=layers, lm_head=lm_head)
+
+
+def _prepare_layer(layer: LayerWeights) -> LayerWeights:
+    qkv, o, gate_up, down = (
+        replace(projection, weight=prepare(projection.weight))
+        for projection in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    )
+    return replace(layer, qkv=qkv, o=o, gate_up=gate_up, down=down)
 
 
 def _read(path: Path, destinations: Mapping[str, Tensor], tied: bool) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.adapters import AdapterTables, Segments
+from kernels.lora_expand import cpu
 from kernels.lora_expand.reference import lora_expand_reference
 
 
@@ -23,4 +25,7 @@ def lora_expand(
     out: `[num_tokens, sum(out_features)]`, floating; module m has the columns behind those of the modules before it.
     The product is made in float32 and rounded once, after the addition. Tokens without the module are not touched.
     """
+    if dispatch.use_cpu("lora_expand", cpu.supports(shrunk, adapters, segments, out)):
+        cpu.lora_expand_cpu(shrunk, adapters, segments, layer, modules, in_features, out_features, out)
+        return
     lora_expand_reference(shrunk, adapters, segments, layer, modules, in_features, out_features, out)

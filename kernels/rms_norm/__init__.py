@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from kernels import dispatch
+from kernels.rms_norm import cpu
 from kernels.rms_norm.reference import rms_norm_reference
 
 
@@ -12,4 +14,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     the heads of a batch, `[num_tokens * num_heads, head_dim]`.
     Returns (normed, x + residual), both `[num_tokens, hidden]` in x's dtype; without a residual the second is x.
     """
+    if dispatch.use_cpu("rms_norm", cpu.supports(x, weight, residual)):
+        return cpu.rms_norm_cpu(x, weight, eps, residual)
     return rms_norm_reference(x, weight, eps, residual)

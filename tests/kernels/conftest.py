@@ -1,10 +1,12 @@
 """Fresh float memory is full of NaN while a kernel runs, so that an element nobody wrote fails loudly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from kernels import dispatch
 
 
 def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -25,3 +27,10 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(params=dispatch.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs on every backend, and fails where one does not take its tensors."""
+    with dispatch.force(request.param):
+        yield

@@ -6,6 +6,8 @@ from kernels.adapters import AdapterTables, Segments
 from kernels.lora_expand import lora_expand
 from tests.kernels.adapter_pool import PACKED_DTYPES, Adapter, build_segments, build_tables, random_lora
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 IN_FEATURES, LAYERS = 40, 2
 QKV, GATE_UP = (0, 1, 2), (4, 5)
 OUT_FEATURES = {0: 100, 1: 36, 2: 36, 4: 70, 5: 70}

@@ -6,6 +6,8 @@ from kernels.adapters import AdapterTables, Segments
 from kernels.lora_shrink import lora_shrink
 from tests.kernels.adapter_pool import PACKED_DTYPES, Adapter, build_segments, build_tables, random_lora
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 IN_FEATURES, LAYERS = 100, 2
 QKV = (0, 1, 2)
 OUT_FEATURES = {0: 36, 1: 20, 2: 20, 4: 50, 5: 50}

@@ -7,6 +7,8 @@ from torch import Tensor
 from kernels.paged_attention import paged_attention
 from tests.kernels.kv_pool import PagedContexts, scatter
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 HEAD_DIM = 24
 SCALE = HEAD_DIM**-0.5
 EPS = torch.finfo(torch.float32).eps

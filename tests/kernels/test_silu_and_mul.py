@@ -3,6 +3,8 @@ import torch
 
 from kernels.silu_and_mul import silu_and_mul
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("intermediate", [1, 63, 100], ids=lambda size: f"intermediate-{size}")

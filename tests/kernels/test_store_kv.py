@@ -5,6 +5,8 @@ from torch import Tensor
 from kernels.store_kv import store_kv
 from tests.kernels.kv_pool import empty_pages
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 HEAD_DIM, MAX_POSITIONS, LAYER = 16, 64, 1
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_worker.models import load_model
+from kernels.linear import as_rows
 from tests.gpu_worker.models.checkpoints import edit_config, random_model, save
 
 Q_WEIGHT = "model.layers.1.self_attn.q_proj.weight"
@@ -30,10 +31,10 @@ def test_fuses_and_casts(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     layer = load_model(folder, "bfloat16", "cpu").weights.layers[1]
     parts = [tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
-    assert torch.equal(layer.qkv.weight, torch.cat(parts).bfloat16())
+    assert torch.equal(as_rows(layer.qkv.weight), torch.cat(parts).bfloat16())
     assert layer.qkv.out_features == (48, 16, 16)
     parts = [tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-    assert torch.equal(layer.gate_up.weight, torch.cat(parts).bfloat16())
+    assert torch.equal(as_rows(layer.gate_up.weight), torch.cat(parts).bfloat16())
     assert layer.gate_up.out_features == (80, 80)
     assert layer.down.in_features == 80
     assert (layer.q_norm, layer.k_norm, layer.qkv.bias, layer.o.bias) == (None, None, None, None)

@@ -1,0 +1,1 @@
+"""The compiled CPU kernels: one shared library with a plain C interface, sources beside each operation."""

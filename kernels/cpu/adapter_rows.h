@@ -1,0 +1,97 @@
+// Rows of a packed adapter, read through its pages.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "simd.h"
+
+namespace loraplex {
+
+constexpr int64_t kUnitBytes = 128;
+constexpr int64_t kNumModules = 7;
+
+// kernels.adapters.AdapterTables, field by field.
+struct Adapters {
+  const uint8_t* pool;
+  const int32_t* page_table;
+  const int32_t* start_unit;
+  const int32_t* lora_rank;
+  const float* scaling;
+  const int32_t* dtype;
+  int64_t page_bytes, max_pages, num_layers;
+
+  int64_t place(int64_t adapter, int64_t layer, int64_t module) const {
+    return (adapter * num_layers + layer) * kNumModules + module;
+  }
+  int64_t row_units(int64_t adapter, int64_t features) const {
+    const int64_t bytes = features * (dtype[adapter] == kFloat32 ? 4 : 2);
+    return (bytes + kUnitBytes - 1) / kUnitBytes;
+  }
+  const uint8_t* unit(int64_t adapter, int64_t index) const {
+    const int64_t units = page_bytes / kUnitBytes, page = page_table[adapter * max_pages + index / units];
+    return pool + page * page_bytes + index % units * kUnitBytes;
+  }
+};
+
+// The units [first, first + count) of an adapter, converted into `out`.
+inline void copy_units(const Adapters& adapters, int64_t adapter, int64_t first, int64_t count, float* out) {
+  with_type(adapters.dtype[adapter], [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int64_t elements = kUnitBytes / static_cast<int64_t>(sizeof(T));
+    for (int64_t unit = 0; unit < count; ++unit) {
+      const T* from = reinterpret_cast<const T*>(adapters.unit(adapter, first + unit));
+      for (int64_t i = 0; i < elements; i += kLanes) store(out + unit * elements + i, load(from + i));
+    }
+  });
+}
+
+// The same as float32: a pointer into the pool when that is what lies there in one piece, else a copy in `scratch`.
+inline const float* read_units(const Adapters& adapters, int64_t adapter, int64_t first, int64_t count, float* scratch) {
+  const int64_t page_units = adapters.page_bytes / kUnitBytes;
+  const bool one_page = first / page_units == (first + count - 1) / page_units;
+  if (adapters.dtype[adapter] == kFloat32 && one_page) return reinterpret_cast<const float*>(adapters.unit(adapter, first));
+  copy_units(adapters, adapter, first, count, scratch);
+  return scratch;
+}
+
+// A run of tokens with one adapter and one module of the call; what is split into tasks.
+struct Piece {
+  int64_t adapter, place, index, lora_rank, start, end;
+};
+
+struct Segments {
+  const int32_t* starts;   // [count + 1]
+  const int32_t* adapter;  // [count], -1 = none
+  int64_t count;
+};
+
+// Module `modules[index]` of each segment that has tokens and the module.
+inline std::vector<Piece> pieces(const Adapters& adapters, const Segments& segments, int64_t layer,
+                                 const int32_t* modules, int64_t num_modules) {
+  std::vector<Piece> found;
+  for (int64_t segment = 0; segment < segments.count; ++segment) {
+    const int64_t adapter = segments.adapter[segment];
+    const int64_t start = segments.starts[segment], end = segments.starts[segment + 1];
+    for (int64_t index = 0; adapter >= 0 && start < end && index < num_modules; ++index) {
+      const int64_t place = adapters.place(adapter, layer, modules[index]);
+      if (const int64_t rank = adapters.lora_rank[place]) found.push_back({adapter, place, index, rank, start, end});
+    }
+  }
+  return found;
+}
+
+// Work of one thread at a time: tokens [token, token_end) by [first, last) of the dimension that the operation splits.
+struct Task {
+  const Piece* piece;
+  int64_t token, token_end, first, last;
+};
+
+inline void split(const Piece& piece, int64_t size, int64_t step, int64_t token_step, std::vector<Task>& tasks) {
+  for (int64_t first = 0; first < size; first += step)
+    for (int64_t token = piece.start; token < piece.end; token += token_step)
+      tasks.push_back({&piece, token, std::min(token + token_step, piece.end), first, std::min(first + step, size)});
+}
+
+}  // namespace loraplex

@@ -1,0 +1,55 @@
+"""The one place that chooses between a reference and a kernel, and counts what ran.
+
+A public function asks `use_cpu(op, supported)`; `supported` says whether the compiled kernel takes these tensors. Any
+backend can be forced, by `with force("reference")` or by the environment variable LORAPLEX_KERNELS.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kernels.cpu.library import library
+
+REFERENCE, CPU = "reference", "cpu"
+BACKENDS = (REFERENCE, CPU)
+
+# (op, backend) -> calls in this process
+calls: Counter[tuple[str, str]] = Counter()
+
+
+def _checked(backend: str) -> str:
+    if backend not in ("", *BACKENDS):
+        raise ValueError(f"LORAPLEX_KERNELS is {backend!r}; known: {', '.join(BACKENDS)}")
+    return backend
+
+
+_forced = _checked(os.environ.get("LORAPLEX_KERNELS", ""))
+
+
+@contextmanager
+def force(backend: str) -> Iterator[None]:
+    """Every operation inside runs on `backend`, or raises RuntimeError when that cannot be."""
+    global _forced
+    before, _forced = _forced, _checked(backend)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def available() -> bool:
+    """Whether an operation on the CPU would run compiled, as far as the machine and a forced backend decide it."""
+    return _forced != REFERENCE and library() is not None
+
+
+def use_cpu(op: str, supported: bool) -> bool:
+    """True = run the compiled kernel, False = run the reference."""
+    if supported and available():
+        calls[op, CPU] += 1
+        return True
+    if _forced == CPU:
+        why = "it does not take these tensors" if supported is False else "it is not there"
+        raise RuntimeError(f"the compiled kernel of {op} is forced and {why}")
+    calls[op, REFERENCE] += 1
+    return False

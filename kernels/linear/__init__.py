@@ -1,0 +1,44 @@
+"""linear: the product with a base weight."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.linear import cpu
+from kernels.linear.packed import PackedWeight, pack
+from kernels.linear.reference import linear_reference
+
+__all__ = ["PackedWeight", "Weight", "as_rows", "embedding", "linear", "pack", "prepare"]
+
+# [out_features, in_features], as rows or in panels
+Weight = Tensor | PackedWeight
+
+
+def prepare(weight: Weight) -> Weight:
+    """The form that `linear` reads fastest on this device; the memory of `weight` may be reused, see `pack`."""
+    if isinstance(weight, PackedWeight) or weight.dtype not in cpu.WEIGHT_DTYPES:
+        return weight
+    return pack(weight) if weight.is_cpu and dispatch.available() else weight
+
+
+def as_rows(weight: Weight) -> Tensor:
+    """`[out_features, in_features]`; a copy when it is packed."""
+    return weight.unpacked() if isinstance(weight, PackedWeight) else weight
+
+
+def embedding(indices: Tensor, weight: Weight) -> Tensor:
+    """`[num_tokens, in_features]`: the rows of the weight at indices `[num_tokens]` int64."""
+    return weight.rows(indices) if isinstance(weight, PackedWeight) else F.embedding(indices, weight)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias.
+
+    x: `[num_tokens, in_features]`. weight: `[out_features, in_features]`, packed for the compiled kernel. bias:
+    `[out_features]`. Returns `[num_tokens, out_features]` in x's dtype; the compiled kernel sums in float32 and rounds
+    once.
+    """
+    supported = isinstance(weight, PackedWeight) and cpu.supports(x, weight, bias)
+    if dispatch.use_cpu("linear", supported) and isinstance(weight, PackedWeight):
+        return cpu.linear_cpu(x, weight, bias)
+    return linear_reference(x, as_rows(weight), bias)

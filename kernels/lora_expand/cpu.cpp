@@ -1,0 +1,136 @@
+// out += scaling * shrunk B. A row of B^T is contiguous along out_features, so tiles are tokens by columns. Every
+// element is one chain of fused multiply-adds over the rank in rising order from 0, then one with scaling and out: its
+// bits depend on its row of shrunk, its column of B and what out held.
+#include "../cpu/adapter_rows.h"
+
+namespace loraplex {
+namespace {
+
+constexpr int64_t kColumns = 64;  // of a tile: one unit of 16-bit elements, two of float32
+constexpr int64_t kTaskColumns = 256, kTaskTokens = 64;
+constexpr int kRows = 6;
+
+struct Expand {
+  const float* shrunk;  // [modules, num_tokens, max_lora_rank]
+  void* out;            // [num_tokens, out_stride]
+  int64_t num_tokens, max_lora_rank, in_features, out_stride;
+  const int64_t* first_column;  // of each module in out, and the end
+};
+
+// R tokens by V vectors of columns.
+template <int R, int V, typename T>
+void tile(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank, int64_t column,
+          float scaling, T* out, int64_t out_stride, int64_t columns) {
+  __m256 sums[R][V] = {};
+  for (int64_t j = 0; j < lora_rank; ++j) {
+    __m256 row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) row[v] = load(b[j] + column + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256 value = _mm256_broadcast_ss(shrunk + r * shrunk_stride + j);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(value, row[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const int lanes = static_cast<int>(columns - column) - v * kLanes;
+      if (lanes <= 0) continue;
+      T* at = out + r * out_stride + column + v * kLanes;
+      store_first(at, fma(_mm256_set1_ps(scaling), sums[r][v], load_first(at, lanes)), lanes);
+    }
+}
+
+template <int R, int V, typename T>
+void columns_of_rows(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank, float scaling,
+                     T* out, int64_t out_stride, int64_t columns) {
+  for (int64_t column = 0; column < columns; column += V * kLanes)
+    tile<R, V>(shrunk, shrunk_stride, b, lora_rank, column, scaling, out, out_stride, columns);
+}
+
+template <typename T>
+void few_rows(int64_t count, const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank,
+              float scaling, T* out, int64_t out_stride, int64_t columns) {
+  const auto with = [&](auto run) { run(shrunk, shrunk_stride, b, lora_rank, scaling, out, out_stride, columns); };
+  switch (count) {
+    case 1: return with(columns_of_rows<1, 8, T>);
+    case 2: return with(columns_of_rows<2, 4, T>);
+    case 3: return with(columns_of_rows<3, 4, T>);
+    case 4: return with(columns_of_rows<4, 2, T>);
+    case 5: return with(columns_of_rows<5, 2, T>);
+    default: return with(columns_of_rows<6, 2, T>);
+  }
+}
+
+struct Scratch {
+  std::vector<float> rows;
+  std::vector<const float*> b;
+};
+
+// Points scratch.b[j] at columns [column, column + kColumns) of row j of B^T, whose first unit is first_unit.
+void read_b(const Adapters& adapters, const Piece& piece, int64_t first_unit, int64_t features, int64_t column,
+            Scratch& scratch) {
+  const int64_t units = adapters.row_units(piece.adapter, features);
+  const int64_t unit_columns = adapters.dtype[piece.adapter] == kFloat32 ? 32 : 64;
+  const int64_t unit = column / unit_columns, count = std::min(kColumns / unit_columns, units - unit);
+  for (int64_t j = 0; j < piece.lora_rank; ++j) {
+    const int64_t first = first_unit + j * units + unit;
+    float* room = scratch.rows.data() + j * kColumns;
+    scratch.b[j] = room;
+    // tiles read kColumns: what lies behind the row's last unit may not even be memory
+    if (count * unit_columns < kColumns)
+      copy_units(adapters, piece.adapter, first, count, room);
+    else
+      scratch.b[j] = read_units(adapters, piece.adapter, first, count, room);
+  }
+}
+
+template <typename T>
+void run(const Expand& op, const Adapters& adapters, const Task& task, Scratch& scratch) {
+  const Piece& piece = *task.piece;
+  const int64_t features = op.first_column[piece.index + 1] - op.first_column[piece.index];
+  const int64_t a_units = piece.lora_rank * adapters.row_units(piece.adapter, op.in_features);
+  scratch.rows.resize(piece.lora_rank * kColumns);
+  scratch.b.resize(piece.lora_rank);
+  for (int64_t column = task.first; column < task.last; column += kColumns) {
+    read_b(adapters, piece, adapters.start_unit[piece.place] + a_units, features, column, scratch);
+    for (int64_t token = task.token; token < task.token_end; token += kRows) {
+      const float* shrunk = op.shrunk + (piece.index * op.num_tokens + token) * op.max_lora_rank;
+      T* out = static_cast<T*>(op.out) + token * op.out_stride + op.first_column[piece.index] + column;
+      few_rows<T>(std::min<int64_t>(kRows, task.token_end - token), shrunk, op.max_lora_rank, scratch.b.data(),
+                  piece.lora_rank, adapters.scaling[piece.place], out, op.out_stride,
+                  std::min(kColumns, task.last - column));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+extern "C" void loraplex_lora_expand(const float* shrunk, const Adapters* adapters, const int32_t* starts,
+                                     const int32_t* segment_adapter, int64_t num_segments, int64_t layer,
+                                     const int32_t* modules, int64_t num_modules, const int64_t* first_column, void* out,
+                                     int32_t out_dtype, int64_t out_stride, int64_t num_tokens, int64_t in_features,
+                                     int64_t max_lora_rank, int threads) {
+  const Expand op{shrunk, out, num_tokens, max_lora_rank, in_features, out_stride, first_column};
+  const Segments segments{starts, segment_adapter, num_segments};
+  const std::vector<Piece> work = pieces(*adapters, segments, layer, modules, num_modules);
+  std::vector<Task> tasks;
+  for (const Piece& piece : work)
+    split(piece, first_column[piece.index + 1] - first_column[piece.index], kTaskColumns, kTaskTokens, tasks);
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  with_type(out_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel num_threads(threads) if (count > 2)
+    {
+      Scratch scratch;
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < count; ++task) run<T>(op, *adapters, tasks[task], scratch);
+    }
+  });
+}

@@ -1,0 +1,280 @@
+// Attention over pages. The context is cut at fixed positions: tiles of 64 keys, chunks of 512. A row (one query token,
+// one head) takes the tiles of a chunk in order, then the chunks in order, whoever computes them: one thread after the
+// other, or many at once and merged afterwards. All query heads of a KV head go together: each tile is read once.
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "online.h"
+
+namespace loraplex {
+namespace {
+
+constexpr int64_t kTile = 64, kChunk = 512;
+constexpr int64_t kTileRows = 32;  // rows of a task: query tokens times heads of the group
+
+struct Attention {
+  const void* query;  // [num_tokens, num_heads, head_dim]
+  void* out;          // the same shape and dtype
+  const void* pages;  // element (page, key or value, slot, kv head, 0) of one layer by the strides below
+  const int32_t* page_table;
+  const int32_t* query_start;
+  const int32_t* context_lens;
+  int64_t num_sequences, max_pages, num_heads, num_kv_heads, head_dim, page_size;
+  int64_t page_stride, value_offset, slot_stride, head_stride;
+  int64_t sliding_window;
+  float scale;
+  int32_t query_dtype, page_dtype;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  // head_dim in whole vectors: rows of a Workspace, zero behind head_dim
+  int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  // keys and values can be read where they lie
+  bool is_direct() const { return page_dtype == kFloat32 && width() == head_dim; }
+  // the query tokens that a task takes
+  int64_t task_tokens() const { return std::max<int64_t>(1, kTileRows / group()); }
+};
+
+// Query tokens [token, token + tokens) of a sequence by the heads of one KV head; position is that of the first.
+struct Rows {
+  int64_t sequence, kv_head, token, tokens, position;
+
+  int64_t first_key(const Attention& op, int64_t index) const {
+    return op.sliding_window ? std::max<int64_t>(0, position + index + 1 - op.sliding_window) : 0;
+  }
+  int64_t end_key(int64_t index) const { return position + index + 1; }
+};
+
+// What a thread needs for a task; rows in the order token, head.
+struct Workspace {
+  std::vector<float> query, keys, values, scores, mixed;
+  std::vector<Part> parts, merged;
+  const float* key[kTile];
+  const float* value[kTile];
+
+  explicit Workspace(const Attention& op) {
+    const int64_t rows = op.task_tokens() * op.group(), row_floats = rows * op.width();
+    query.resize(row_floats);
+    mixed.resize(2 * row_floats);
+    scores.resize(rows * kTile);
+    if (!op.is_direct()) keys.resize(kTile * op.width()), values.resize(kTile * op.width());
+    for (int64_t row = 0; row < rows; ++row) {
+      parts.push_back({0, 0, mixed.data() + row * op.width()});
+      merged.push_back({0, 0, mixed.data() + row_floats + row * op.width()});
+    }
+  }
+};
+
+template <typename T>
+void widen(const T* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, static_cast<int>(size - i)));
+}
+
+void read_query(const Attention& op, const Rows& rows, Workspace& work) {
+  with_type(op.query_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = 0; row < rows.tokens * op.group(); ++row) {
+      const int64_t head = rows.kv_head * op.group() + row % op.group();
+      const T* from = static_cast<const T*>(op.query) +
+                      ((rows.token + row / op.group()) * op.num_heads + head) * op.head_dim;
+      widen(from, op.head_dim, work.query.data() + row * op.width());
+    }
+  });
+}
+
+// Points at keys [first, end) of a tile, or at copies as float32; what is behind repeats the last one.
+template <typename T>
+void read_tile(const Attention& op, const Rows& rows, int64_t tile, int64_t first, int64_t end, Workspace& work) {
+  const int32_t* table = op.page_table + rows.sequence * op.max_pages;
+  for (int64_t i = 0; i < kTile; ++i) {
+    const int64_t position = std::clamp(tile + i, first, end - 1), page = table[position / op.page_size];
+    const T* key = static_cast<const T*>(op.pages) + page * op.page_stride + position % op.page_size * op.slot_stride +
+                   rows.kv_head * op.head_stride;
+    if (op.is_direct()) {
+      work.key[i] = reinterpret_cast<const float*>(key);
+      work.value[i] = reinterpret_cast<const float*>(key + op.value_offset);
+    } else {
+      float* keys = work.keys.data() + i * op.width();
+      float* values = work.values.data() + i * op.width();
+      widen(key, op.head_dim, keys);
+      widen(key + op.value_offset, op.head_dim, values);
+      work.key[i] = keys;
+      work.value[i] = values;
+    }
+  }
+}
+
+// Eight scores: each is the sum of eight lanes, each a chain over the head's width.
+void score(const float* query, const float* const* keys, int64_t width, float* out) {
+  __m256 sums8[kLanes] = {};
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const __m256 q = load(query + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes; ++i) sums8[i] = fma(q, load(keys[i] + d), sums8[i]);
+  }
+  store(out, sums(sums8));
+}
+
+// mixed += weights by values: each element one chain over the keys in rising order.
+template <int V>
+void mix(const float* weights, const float* const* values, int64_t first, int64_t end, int64_t d, float* mixed) {
+  __m256 sums8[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) sums8[v] = load(mixed + d + v * kLanes);
+  for (int64_t i = first; i < end; ++i) {
+    const __m256 weight = _mm256_broadcast_ss(weights + i);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums8[v] = fma(weight, load(values[i] + d + v * kLanes), sums8[v]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(mixed + d + v * kLanes, sums8[v]);
+}
+
+void attend_row(const Attention& op, const float* query, const Workspace& work, int64_t low, int64_t high, float* scores,
+                Part& part) {
+  for (int64_t i = low / kLanes * kLanes; i < high; i += kLanes) score(query, work.key + i, op.width(), scores + i);
+  weigh(scores, low, high, op.scale, part, op.width());
+  int64_t d = 0;
+  for (; d + 8 * kLanes <= op.width(); d += 8 * kLanes) mix<8>(scores, work.value, low, high, d, part.mixed);
+  for (; d < op.width(); d += kLanes) mix<1>(scores, work.value, low, high, d, part.mixed);
+}
+
+// The part of each row over the keys of one chunk, into work.parts. A row that sees none keeps an empty part.
+void attend_chunk(const Attention& op, const Rows& rows, int64_t chunk, Workspace& work) {
+  const int64_t group = op.group(), last = rows.tokens - 1;
+  for (int64_t row = 0; row < rows.tokens * group; ++row) work.parts[row].clear(op.width());
+  const int64_t first = std::max(chunk, rows.first_key(op, 0)), end = std::min(chunk + kChunk, rows.end_key(last));
+  for (int64_t tile = first / kTile * kTile; tile < end; tile += kTile) {
+    const int64_t tile_first = std::max(tile, first), tile_end = std::min(tile + kTile, end);
+    if (op.page_dtype == kFloat32) read_tile<float>(op, rows, tile, tile_first, tile_end, work);
+    if (op.page_dtype == kBFloat16) read_tile<BFloat16>(op, rows, tile, tile_first, tile_end, work);
+    if (op.page_dtype == kFloat16) read_tile<Float16>(op, rows, tile, tile_first, tile_end, work);
+    for (int64_t row = 0; row < rows.tokens * group; ++row) {
+      const int64_t low = std::max(tile, rows.first_key(op, row / group)) - tile;
+      const int64_t high = std::min(tile + kTile, rows.end_key(row / group)) - tile;
+      if (low < high)
+        attend_row(op, work.query.data() + row * op.width(), work, low, high, work.scores.data() + row * kTile,
+                   work.parts[row]);
+    }
+  }
+}
+
+void write_out(const Attention& op, const Rows& rows, const std::vector<Part>& parts) {
+  with_type(op.query_dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = 0; row < rows.tokens * op.group(); ++row) {
+      const int64_t token = rows.token + row / op.group(), head = rows.kv_head * op.group() + row % op.group();
+      T* out = static_cast<T*>(op.out) + (token * op.num_heads + head) * op.head_dim;
+      const __m256 total = _mm256_set1_ps(parts[row].total);
+      for (int64_t d = 0; d < op.head_dim; d += kLanes)
+        store_first(out + d, _mm256_div_ps(load(parts[row].mixed + d), total), static_cast<int>(op.head_dim - d));
+    }
+  });
+}
+
+// Merges the chunk's part of each row that sees some of it.
+void merge_chunk(const Attention& op, const Rows& rows, int64_t chunk, const std::vector<Part>& parts,
+                 std::vector<Part>& merged) {
+  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) {
+    const int64_t index = row / op.group();
+    if (rows.first_key(op, index) < chunk + kChunk && chunk < rows.end_key(index))
+      merged[row].merge(parts[row], op.width());
+  }
+}
+
+int64_t first_chunk(const Attention& op, const Rows& rows) { return rows.first_key(op, 0) / kChunk * kChunk; }
+
+// One thread takes the chunks in order.
+void attend(const Attention& op, const Rows& rows, Workspace& work) {
+  read_query(op, rows, work);
+  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.width());
+  for (int64_t chunk = first_chunk(op, rows); chunk < rows.end_key(rows.tokens - 1); chunk += kChunk) {
+    attend_chunk(op, rows, chunk, work);
+    merge_chunk(op, rows, chunk, work.parts, work.merged);
+  }
+  write_out(op, rows, work.merged);
+}
+
+std::vector<Rows> row_tiles(const Attention& op) {
+  std::vector<Rows> found;
+  for (int64_t sequence = 0; sequence < op.num_sequences; ++sequence) {
+    const int64_t start = op.query_start[sequence], end = op.query_start[sequence + 1];
+    for (int64_t token = start; token < end; token += op.task_tokens())
+      for (int64_t kv_head = 0; kv_head < op.num_kv_heads; ++kv_head)
+        found.push_back({sequence, kv_head, token, std::min(op.task_tokens(), end - token),
+                         op.context_lens[sequence] - (end - token)});
+  }
+  return found;
+}
+
+void attend_all(const Attention& op, const std::vector<Rows>& tiles, int threads) {
+  const int64_t count = static_cast<int64_t>(tiles.size());
+#pragma omp parallel num_threads(threads) if (count > 1)
+  {
+    Workspace work(op);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < count; ++task) attend(op, tiles[task], work);
+  }
+}
+
+// One row tile by one chunk, and room for what comes out.
+struct ChunkTask {
+  const Rows* rows;
+  int64_t chunk;
+  std::vector<float> mixed;
+  std::vector<Part> parts;
+
+  void keep(const Attention& op, const std::vector<Part>& found) {
+    mixed.resize(found.size() * op.width());
+    for (size_t row = 0; row < found.size(); ++row) {
+      float* to = mixed.data() + row * op.width();
+      std::copy(found[row].mixed, found[row].mixed + op.width(), to);
+      parts.push_back({found[row].largest, found[row].total, to});
+    }
+  }
+};
+
+void merge_tile(const Attention& op, const ChunkTask* begin, const ChunkTask* end, Workspace& work) {
+  const Rows& rows = *begin->rows;
+  for (int64_t row = 0; row < rows.tokens * op.group(); ++row) work.merged[row].clear(op.width());
+  for (const ChunkTask* task = begin; task != end; ++task) merge_chunk(op, rows, task->chunk, task->parts, work.merged);
+  write_out(op, rows, work.merged);
+}
+
+// Chunks on all threads at once, then each row tile merges its own in order.
+void attend_split(const Attention& op, const std::vector<Rows>& tiles, int threads) {
+  std::vector<ChunkTask> tasks;
+  std::vector<int64_t> first_task;
+  for (const Rows& rows : tiles) {
+    first_task.push_back(tasks.size());
+    for (int64_t chunk = first_chunk(op, rows); chunk < rows.end_key(rows.tokens - 1); chunk += kChunk)
+      tasks.push_back({&rows, chunk, {}, {}});
+  }
+  first_task.push_back(tasks.size());
+#pragma omp parallel num_threads(threads)
+  {
+    Workspace work(op);
+#pragma omp for schedule(dynamic)
+    for (size_t task = 0; task < tasks.size(); ++task) {
+      read_query(op, *tasks[task].rows, work);
+      attend_chunk(op, *tasks[task].rows, tasks[task].chunk, work);
+      tasks[task].keep(op, work.parts);
+    }
+#pragma omp for
+    for (size_t tile = 0; tile < tiles.size(); ++tile)
+      merge_tile(op, &tasks[first_task[tile]], tasks.data() + first_task[tile + 1], work);
+  }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+extern "C" void loraplex_paged_attention(const Attention* op, int threads) {
+  const std::vector<Rows> tiles = row_tiles(*op);
+  // few tiles would leave threads idle; either way gives the same bits
+  if (threads > 1 && static_cast<int64_t>(tiles.size()) < 4 * threads) return attend_split(*op, tiles, threads);
+  attend_all(*op, tiles, threads);
+}

@@ -1,0 +1,59 @@
+// Residual addition and normalisation of a row in one visit: the row stays in the first-level cache between the sum of
+// squares and the scaling. Four running vectors, whatever the number of rows: the order of the sum follows from `hidden`.
+#include <cmath>
+#include <type_traits>
+
+#include "../cpu/simd.h"
+
+namespace loraplex {
+namespace {
+
+constexpr int kChains = 4;
+
+// Writes x + residual, rounded, to `total`, and returns the sum of its squares.
+template <typename T>
+float add_and_square(const T* x, const T* residual, T* total, int64_t hidden) {
+  __m256 squares[kChains] = {};
+  int chain = 0;
+  for (int64_t i = 0; i < hidden; i += kLanes, chain = (chain + 1) % kChains) {
+    const int lanes = static_cast<int>(hidden - i < kLanes ? hidden - i : kLanes);
+    __m256 value = load_first(x + i, lanes);
+    if (residual) {
+      value = rounded<T>(_mm256_add_ps(value, load_first(residual + i, lanes)));
+      store_first(total + i, value, lanes);
+    }
+    squares[chain] = fma(value, value, squares[chain]);
+  }
+  return sum(_mm256_add_ps(_mm256_add_ps(squares[0], squares[1]), _mm256_add_ps(squares[2], squares[3])));
+}
+
+template <typename T>
+void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t hidden, float eps) {
+  const float squares = add_and_square(x, residual, total, hidden);
+  const __m256 inverse = _mm256_set1_ps(1.0f / std::sqrt(squares / static_cast<float>(hidden) + eps));
+  const T* row = residual ? total : x;
+  for (int64_t i = 0; i < hidden; i += kLanes) {
+    const int lanes = static_cast<int>(hidden - i < kLanes ? hidden - i : kLanes);
+    const __m256 normed = rounded<T>(_mm256_mul_ps(load_first(row + i, lanes), inverse));
+    store_first(out + i, _mm256_mul_ps(load_first(weight + i, lanes), normed), lanes);
+  }
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+// residual and total are null together. All are [rows, hidden], weight is [hidden], all of `dtype`.
+extern "C" void loraplex_rms_norm(const void* x, const void* residual, const void* weight, void* out, void* total,
+                                  int32_t dtype, int64_t rows, int64_t hidden, float eps, int threads) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma omp parallel for num_threads(threads) if (rows * hidden > 16384)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * hidden;
+      norm_row(static_cast<const T*>(x) + at, residual ? static_cast<const T*>(residual) + at : nullptr,
+               static_cast<const T*>(weight), static_cast<T*>(out) + at, static_cast<T*>(total) + at, hidden, eps);
+    }
+  });
+}

@@ -1,0 +1,72 @@
+"""Calls the compiled rotation and store."""
+
+import ctypes
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import DTYPE_CODES, kernel
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("heads", c_int64), ("token_stride", c_int64), ("head_stride", c_int64))
+
+
+class _StoreKv(ctypes.Structure):
+    _fields_ = (
+        ("query", _Heads),
+        ("key", _Heads),
+        ("value", _Heads),
+        *((name, c_void_p) for name in ("rotated", "pages", "cos_sin", "positions", "slots")),
+        *((name, c_int64) for name in ("num_tokens", "head_dim", "page_size")),
+        *((name, c_int64) for name in ("page_stride", "value_offset", "slot_stride", "head_stride")),
+    )
+
+
+def supports(query: Tensor, key: Tensor, value: Tensor, cos_sin: Tensor, kv_pages: Tensor) -> bool:
+    heads = (query, key, value)
+    return (
+        all(tensor.is_cpu and tensor.stride(2) == 1 and tensor.dtype == query.dtype for tensor in heads)
+        and query.dtype in DTYPE_CODES
+        and kv_pages.dtype in DTYPE_CODES
+        and kv_pages.stride(5) == 1
+        and cos_sin.is_contiguous()
+    )
+
+
+def store_kv_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    kv_pages: Tensor,
+    slot_mapping: Tensor,
+    layer: int,
+) -> Tensor:
+    rotated = torch.empty(query.shape, dtype=query.dtype)
+    page_stride, layer_stride, *strides = kv_pages.stride()[:5]
+    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
+    op = _StoreKv(
+        _heads(query),
+        _heads(key),
+        _heads(value),
+        rotated.data_ptr(),
+        kv_pages.data_ptr() + layer * layer_stride * kv_pages.itemsize,
+        cos_sin.data_ptr(),
+        positions.data_ptr(),
+        slot_mapping.data_ptr(),
+        len(query),
+        query.shape[2],
+        kv_pages.shape[3],
+        page_stride,
+        *strides,
+    )
+    codes = DTYPE_CODES[query.dtype], DTYPE_CODES[kv_pages.dtype]
+    kernel("store_kv")(ctypes.addressof(op), *codes, torch.get_num_threads())
+    return rotated
+
+
+def _heads(tensor: Tensor) -> _Heads:
+    return _Heads(tensor.data_ptr(), tensor.shape[1], tensor.stride(0), tensor.stride(1))

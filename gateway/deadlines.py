@@ -1,9 +1,9 @@
 """Whether a call that was cut off had run out of time."""
 
-# A client cancels when its own clock says so, and the transport rounds the time it tells the server up by as much as
-# a hundredth: at the client's deadline the server believes that some time is left.
+# A client cancels when its own clock says so, the transport rounds the time it tells the server up by as much as a
+# hundredth, and a call reaches a loaded server late: at the client's deadline the server believes that time is left.
 SLACK_SECONDS = 0.05
-ROUNDING = 0.01
+ROUNDING = 0.05
 
 
 def has_passed(remaining_seconds: float | None, timeout_seconds: float | None) -> bool:

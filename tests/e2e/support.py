@@ -1,7 +1,9 @@
 """What the end-to-end tests ask of a running fleet."""
 
 import asyncio
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,14 @@ def metric(service: Service, name: str) -> float:
     """Sum of all series of a counter or gauge."""
     lines = fetch_metrics(service.metrics_address).splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + " ", name + "{")))
+
+
+def finish_counts(worker: Service) -> Counter[str]:
+    """Outputs that ended at the worker, by reason."""
+    found = re.findall(
+        r'^loraplex_worker_finish_total{reason="(\w+)"} (\S+)$', fetch_metrics(worker.metrics_address), re.MULTILINE
+    )
+    return Counter({reason: int(float(count)) for reason, count in found})
 
 
 def processes(fleet: Fleet) -> dict[str, int]:

@@ -17,7 +17,7 @@ from tests.e2e.support import (
     running_fleet,
     until,
 )
-from tests.e2e.tiny_model import TinyModel
+from tests.e2e.tiny_model import NUM_TOKENS, TinyModel
 
 # Streams for ever as far as a test is concerned, and says when it has started.
 CLIENT = """
@@ -30,15 +30,18 @@ for delta in Client(sys.argv[1]).stream([1, 40, 50, 60], "rank-8", temperature=0
 
 async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tiny: TinyModel, tmp_path: Path) -> None:
     names = ["", "rank-1", "rank-3"] * 2
-    # 28 pages of 12 KiB. Six sequences grow to 40 pages; outputs are expected to be short, so all are offered at once.
-    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "336KiB"]
+    # 40 pages of 12 KiB. Six sequences grow to 15 to 17 pages each; outputs are expected to be short, so all are offered
+    # at once, and they last long enough to meet.
+    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "480KiB"]
     with running_fleet(tiny.base, tmp_path, tiny.adapters, scheduler=over_admit, gpu_worker=few_pages) as fleet:
         async with AsyncClient(fleet.gateway.address) as client:
-            answers = await asyncio.gather(*(greedy_tokens(client, name, tiny.prompts[name]) for name in names))
+            calls = (greedy_tokens(client, name, tiny.prompts[name], 3 * NUM_TOKENS) for name in names)
+            answers = await asyncio.gather(*calls)
         worker = fleet.workers[0]
         assert metric(worker, "loraplex_worker_preemptions_total") > 0
         assert assert_books_balance(worker).memory.kv_pages == 0
-    assert answers == [tiny.answers[name] for name in names]
+    assert {len(answer) for answer in answers} == {3 * NUM_TOKENS}
+    assert [answer[:NUM_TOKENS] for answer in answers] == [tiny.answers[name] for name in names]
 
 
 async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny: TinyModel, fleet: Fleet) -> None:

@@ -167,6 +167,12 @@ def check_layout(layout: PackedLayout, num_layers: int, shapes: Mapping[str, tup
     for module in layout.modules:
         if module.layer >= num_layers:
             raise ValueError(f"the adapter changes layer {module.layer}; the base model has {num_layers} layers")
+        rows = row_units(module.in_features, layout.dtype) + row_units(module.out_features, layout.dtype)
+        end = (module.start_unit + module.lora_rank * rows) * UNIT_BYTES
+        if module.start_unit < 0 or module.lora_rank < 1 or end > layout.total_bytes:
+            raise ValueError(
+                f"layer {module.layer} {module.module} ends at byte {end} of a string of {layout.total_bytes} bytes"
+            )
         expected = shapes.get(module.module)
         if (module.in_features, module.out_features) != expected:
             raise ValueError(

@@ -140,7 +140,7 @@ class CommandProcessor:
         first = outputs[0]
         first.timings.offered = time.monotonic()
         # A newer attempt fences the older ones, in whatever order they come.
-        for other in [s for s in self._batcher if s.request_id == first.request_id]:
+        for other in [s for s in self._batcher if (s.tenant, s.request_id) == (first.tenant, first.request_id)]:
             if other.attempt > first.attempt:
                 self._end_unstarted(outputs)
                 return

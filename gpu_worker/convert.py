@@ -12,7 +12,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 
 
 def attempt_id(key: types_pb2.RequestKey) -> str:
-    return f"{key.request_id}/{key.attempt}"
+    return f"{key.tenant}/{key.request_id}/{key.attempt}"
 
 
 def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[Sequence]:

@@ -1,5 +1,6 @@
 """Copies adapters from the host tier into pages, on a thread of its own: the step loop never waits for a load."""
 
+import logging
 import queue
 import threading
 import time
@@ -11,6 +12,8 @@ import numpy as np
 
 from common.packing import PackedLayout
 from gpu_worker.memory.pool import PagePool
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,12 @@ class Loader:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             started = time.perf_counter()
-            failure = self._copy(job)
+            try:
+                failure = self._copy(job)
+            except Exception as error:
+                # Whatever it is, it is this adapter's: the thread must live for the others.
+                _log.exception("adapter %s was not copied", job.adapter_version)
+                failure = f"the copy failed: {type(error).__name__}"
             self._on_done(LoadDone(job.adapter_version, failure, time.perf_counter() - started))
 
     def _copy(self, job: _Job) -> str:

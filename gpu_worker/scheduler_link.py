@@ -23,7 +23,7 @@ class ReportBuffer:
     def __init__(self) -> None:
         # Without progress and residency.
         self._latest = scheduler_pb2.StepReport()
-        self._progress: dict[tuple[str, int], scheduler_pb2.RequestProgress] = {}
+        self._progress: dict[tuple[str, str, int], scheduler_pb2.RequestProgress] = {}
         self._residency: list[scheduler_pb2.ResidencyDelta] = []
         self.pending = asyncio.Event()
 
@@ -32,7 +32,8 @@ class ReportBuffer:
         self._latest.ClearField("progress")
         self._latest.ClearField("residency")
         for progress in report.progress:
-            self._progress[progress.key.request_id, progress.key.attempt] = progress
+            key = progress.key
+            self._progress[key.tenant, key.request_id, key.attempt] = progress
         self._residency.extend(report.residency)
         self.pending.set()
 

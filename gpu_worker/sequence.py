@@ -102,7 +102,7 @@ class Sequence:
     @property
     def attempt_id(self) -> str:
         """Unique in a worker: an old attempt and its successor may meet here."""
-        return f"{self.request_id}/{self.attempt}"
+        return f"{self.tenant}/{self.request_id}/{self.attempt}"
 
     @property
     def sequence_id(self) -> str:

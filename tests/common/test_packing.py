@@ -1,6 +1,7 @@
 """The packed adapter: nothing lost, everything on its unit, wrong shapes refused."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,3 +167,10 @@ def test_a_layout_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_layout(one_module(), num_layers, shapes)
+
+
+def test_a_layout_that_leaves_its_string_is_refused() -> None:
+    layout = plan([ModuleSpec(0, "q_proj", 4, 1.0, 64, 64)], "float32")
+    check_layout(layout, 1, {"q_proj": (64, 64)})
+    with pytest.raises(ValueError, match=r"layer 0 q_proj ends at byte 2048 of a string of 2047 bytes"):
+        check_layout(replace(layout, total_bytes=layout.total_bytes - 1), 1, {"q_proj": (64, 64)})

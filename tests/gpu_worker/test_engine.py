@@ -58,6 +58,8 @@ def test_a_mixed_batch_gives_each_its_own_answer(
 def test_the_batch_was_mixed(tiny_checkpoint: Path, tiny_adapters: list[TinyAdapter]) -> None:
     driver = EngineDriver(tiny_checkpoint, tiny_adapters)
     run_together(driver)
+    # Now every adapter is resident, so nobody joins late.
+    run_together(driver)
     assert max(stats.distinct_adapters for stats in driver.stats) == 4
 
 

@@ -8,7 +8,10 @@ from functools import partial
 
 from common.errors import ResourceExhausted
 from gateway.requests import InFlight
-from loraplex.v1 import gateway_pb2
+from loraplex.v1 import gateway_pb2, types_pb2
+
+# An id, a float and a character, with what protobuf puts around them.
+MIN_LOGPROB_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +61,20 @@ class SlowReader(ResourceExhausted):
 def check_size(answer: gateway_pb2.GenerateResponse, max_bytes: int) -> None:
     """Raises ResourceExhausted for a message that the transport would not carry."""
     if (size := answer.ByteSize()) > max_bytes:
-        message = f"the answer is a message of {size} bytes and may have {max_bytes}: ask for fewer log-probabilities"
-        limits = {"message_bytes": str(size), "max_message_bytes": str(max_bytes)}
-        raise ResourceExhausted("ANSWER_TOO_LARGE", message, metadata=limits)
+        raise _too_large(size, max_bytes)
+
+
+def check_prompt_logprobs(output: types_pb2.OutputParams, prompt_tokens: int, max_bytes: int) -> None:
+    """The same before any work is done, for log-probabilities of the prompt that are too large whatever they are."""
+    if output.HasField("prompt_logprobs"):
+        size = prompt_tokens * (output.prompt_logprobs + 1) * MIN_LOGPROB_BYTES
+        if size > max_bytes:
+            raise _too_large(f"at least {size}", max_bytes)
+
+
+def _too_large(size: object, max_bytes: int) -> ResourceExhausted:
+    message = f"the answer is a message of {size} bytes and may have {max_bytes}: ask for fewer log-probabilities"
+    return ResourceExhausted("ANSWER_TOO_LARGE", message, metadata={"max_message_bytes": str(max_bytes)})
 
 
 def _expire(stall: asyncio.Timeout) -> None:

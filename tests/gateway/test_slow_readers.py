@@ -100,3 +100,13 @@ async def test_a_message_larger_than_the_transport_takes_is_refused(start_fleet:
         await fleet.worker.say(tokens(key, 0, token_ids("x" * 2000), finish=True))
         error = await failure(call)
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE")
+
+
+async def test_log_probabilities_of_a_prompt_that_no_message_takes_are_refused_before_any_work(
+    start_fleet: StartFleet,
+) -> None:
+    fleet = await start_fleet(max_message_bytes=1000)
+    error = await failure(fleet.api.Generate(ask("x" * 10, output=types_pb2.OutputParams(prompt_logprobs=20))))
+    assert reason_of(error) == "ANSWER_TOO_LARGE"
+    assert "at least 2772 bytes and may have 1000" in (error.details() or "")
+    assert fleet.scheduler.received.empty()

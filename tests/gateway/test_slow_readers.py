@@ -1,6 +1,7 @@
 """Clients that do not read: bounded in memory and in time, and a burden to nobody else."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -80,6 +81,17 @@ async def test_what_a_cut_off_client_then_reads_is_the_beginning(start_fleet: St
             received.append(received[-1] + len(response.outputs[0].token_ids))
     assert offsets == received[:-1]
     assert 0 < received[-1] < MANY_TOKENS
+
+
+async def test_a_cut_off_client_that_leaves_without_reading_is_no_error(
+    start_fleet: StartFleet, unread: Unread, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = await start_fleet(write_stall_seconds=0.1)
+    call, _ = await unread(fleet)
+    await fleet.worker.aborts.get()
+    call.cancel()
+    await fleet.gateway.server.grpc.stop(5.0)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_a_client_that_stalls_slows_nobody(fleet: Fleet, unread: Unread) -> None:

@@ -6,10 +6,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+import grpc
+
 from common.errors import ResourceExhausted
 from gateway.requests import InFlight
 from loraplex.v1 import gateway_pb2, types_pb2
 
+# How long grpc may take to cancel a call after it has failed its last message.
+CANCEL_SECONDS = 1.0
 # An id, a float and a character, with what protobuf puts around them.
 MIN_LOGPROB_BYTES = 12
 
@@ -43,6 +47,10 @@ async def deliver(
                     await write(answer)
             except TimeoutError:
                 raise SlowReader(limits.write_stall_seconds) from None
+            except grpc.aio.InternalError:
+                # The client left with a message on its way; grpc cancels this task in a moment.
+                await asyncio.sleep(CANCEL_SECONDS)
+                raise
             finally:
                 in_flight.on_overflow = None
 

@@ -1,5 +1,6 @@
 """Clients that do not read: bounded in memory and in time, and a burden to nobody else."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -83,15 +84,32 @@ async def test_what_a_cut_off_client_then_reads_is_the_beginning(start_fleet: St
     assert 0 < received[-1] < MANY_TOKENS
 
 
-async def test_a_cut_off_client_that_leaves_without_reading_is_no_error(
-    start_fleet: StartFleet, unread: Unread, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("stall_seconds", "cause"),
+    [
+        pytest.param(0.1, scheduler_pb2.ABORT_CAUSE_SLOW_READER, id="cut off"),
+        pytest.param(1000.0, scheduler_pb2.ABORT_CAUSE_CANCELLED, id="not yet"),
+    ],
+)
+async def test_a_client_that_leaves_without_reading_is_no_error(
+    start_fleet: StartFleet,
+    unread: Unread,
+    caplog: pytest.LogCaptureFixture,
+    stall_seconds: float,
+    cause: "scheduler_pb2.AbortCause.ValueType",
 ) -> None:
-    fleet = await start_fleet(write_stall_seconds=0.1)
+    fleet = await start_fleet(write_stall_seconds=stall_seconds, max_buffered_bytes=2**30)
     call, _ = await unread(fleet)
-    await fleet.worker.aborts.get()
+    aborting = asyncio.ensure_future(fleet.worker.aborts.get())
+    if cause == scheduler_pb2.ABORT_CAUSE_SLOW_READER:
+        await asyncio.wait([aborting])
     call.cancel()
+    assert (await aborting).cause == cause
     await fleet.gateway.server.grpc.stop(5.0)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    shown = generate_latest(fleet.gateway.server.registry).decode()
+    code = "RESOURCE_EXHAUSTED" if cause == scheduler_pb2.ABORT_CAUSE_SLOW_READER else "CANCELLED"
+    assert f'requests_total{{code="{code}",method="GenerateStream"' in shown
 
 
 async def test_a_client_that_stalls_slows_nobody(fleet: Fleet, unread: Unread) -> None:

@@ -32,11 +32,12 @@ async def deliver(
     write: Callable[[gateway_pb2.GenerateResponse], Awaitable[None]],
     in_flight: InFlight,
     limits: DeliveryLimits,
+    on_slow_reader: Callable[[], None],
 ) -> None:
     """Writes each answer; `write` returns when the client's window has room for more.
 
-    Raises SlowReader when a message stays unread for too long, or when more than the request's buffer takes comes in
-    meanwhile.
+    Raises ResourceExhausted SLOW_READER, after a call of `on_slow_reader`, when a message stays unread for too long or
+    more than the request's buffer takes comes in meanwhile.
     """
     async with aclosing(answers):
         async for answer in answers:
@@ -46,7 +47,8 @@ async def deliver(
                     in_flight.on_overflow = partial(_expire, stall)
                     await write(answer)
             except TimeoutError:
-                raise SlowReader(limits.write_stall_seconds) from None
+                on_slow_reader()
+                raise _slow_reader(limits.write_stall_seconds) from None
             except grpc.aio.InternalError:
                 # The client left with a message on its way; grpc cancels this task in a moment.
                 await asyncio.sleep(CANCEL_SECONDS)
@@ -55,15 +57,12 @@ async def deliver(
                 in_flight.on_overflow = None
 
 
-class SlowReader(ResourceExhausted):
-    """The client does not read."""
-
-    def __init__(self, stall_seconds: float) -> None:
-        message = (
-            f"the client left a message unread for {stall_seconds:g} s, "
-            "or more text came in meanwhile than is kept for one request"
-        )
-        super().__init__("SLOW_READER", message, metadata={"write_stall_seconds": f"{stall_seconds:g}"})
+def _slow_reader(stall_seconds: float) -> ResourceExhausted:
+    message = (
+        f"the client left a message unread for {stall_seconds:g} s, "
+        "or more text came in meanwhile than is kept for one request"
+    )
+    return ResourceExhausted("SLOW_READER", message, metadata={"write_stall_seconds": f"{stall_seconds:g}"})
 
 
 def check_size(answer: gateway_pb2.GenerateResponse, max_bytes: int) -> None:

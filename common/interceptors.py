@@ -158,5 +158,9 @@ async def _abort(error: BaseException, method: str, request_id: str, context: An
     if not isinstance(error, LoraplexError):
         _log.error("unexpected failure in %s", method, exc_info=error)
         error = Internal("INTERNAL", f"internal error; quote request id {request_id}")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except grpc.aio.InternalError:
+        # The client left while its status waited behind messages that it did not read.
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returns only by raising")

@@ -6,9 +6,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+import grpc
+
 from common.errors import ResourceExhausted
 from gateway.requests import InFlight
-from loraplex.v1 import gateway_pb2
+from loraplex.v1 import gateway_pb2, types_pb2
+
+# How long grpc may take to cancel a call after it has failed its last message.
+CANCEL_SECONDS = 1.0
+# An id, a float and a character, with what protobuf puts around them.
+MIN_LOGPROB_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +32,12 @@ async def deliver(
     write: Callable[[gateway_pb2.GenerateResponse], Awaitable[None]],
     in_flight: InFlight,
     limits: DeliveryLimits,
+    on_slow_reader: Callable[[], None],
 ) -> None:
     """Writes each answer; `write` returns when the client's window has room for more.
 
-    Raises SlowReader when a message stays unread for too long, or when more than the request's buffer takes comes in
-    meanwhile.
+    Raises ResourceExhausted SLOW_READER, after a call of `on_slow_reader`, when a message stays unread for too long or
+    more than the request's buffer takes comes in meanwhile.
     """
     async with aclosing(answers):
         async for answer in answers:
@@ -39,28 +47,41 @@ async def deliver(
                     in_flight.on_overflow = partial(_expire, stall)
                     await write(answer)
             except TimeoutError:
-                raise SlowReader(limits.write_stall_seconds) from None
+                on_slow_reader()
+                raise _slow_reader(limits.write_stall_seconds) from None
+            except grpc.aio.InternalError:
+                # The client left with a message on its way; grpc cancels this task in a moment.
+                await asyncio.sleep(CANCEL_SECONDS)
+                raise
             finally:
                 in_flight.on_overflow = None
 
 
-class SlowReader(ResourceExhausted):
-    """The client does not read."""
-
-    def __init__(self, stall_seconds: float) -> None:
-        message = (
-            f"the client left a message unread for {stall_seconds:g} s, "
-            "or more text came in meanwhile than is kept for one request"
-        )
-        super().__init__("SLOW_READER", message, metadata={"write_stall_seconds": f"{stall_seconds:g}"})
+def _slow_reader(stall_seconds: float) -> ResourceExhausted:
+    message = (
+        f"the client left a message unread for {stall_seconds:g} s, "
+        "or more text came in meanwhile than is kept for one request"
+    )
+    return ResourceExhausted("SLOW_READER", message, metadata={"write_stall_seconds": f"{stall_seconds:g}"})
 
 
 def check_size(answer: gateway_pb2.GenerateResponse, max_bytes: int) -> None:
     """Raises ResourceExhausted for a message that the transport would not carry."""
     if (size := answer.ByteSize()) > max_bytes:
-        message = f"the answer is a message of {size} bytes and may have {max_bytes}: ask for fewer log-probabilities"
-        limits = {"message_bytes": str(size), "max_message_bytes": str(max_bytes)}
-        raise ResourceExhausted("ANSWER_TOO_LARGE", message, metadata=limits)
+        raise _too_large(size, max_bytes)
+
+
+def check_prompt_logprobs(output: types_pb2.OutputParams, prompt_tokens: int, max_bytes: int) -> None:
+    """The same before any work is done, for log-probabilities of the prompt that are too large whatever they are."""
+    if output.HasField("prompt_logprobs"):
+        size = prompt_tokens * (output.prompt_logprobs + 1) * MIN_LOGPROB_BYTES
+        if size > max_bytes:
+            raise _too_large(f"at least {size}", max_bytes)
+
+
+def _too_large(size: object, max_bytes: int) -> ResourceExhausted:
+    message = f"the answer is a message of {size} bytes and may have {max_bytes}: ask for fewer log-probabilities"
+    return ResourceExhausted("ANSWER_TOO_LARGE", message, metadata={"max_message_bytes": str(max_bytes)})
 
 
 def _expire(stall: asyncio.Timeout) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.errors import ResourceExhausted
 from gateway import deadlines
 from gateway.answers import AnswerWriter
+from gateway.delivery import check_prompt_logprobs
 from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
@@ -113,6 +114,7 @@ class Generator:
         peers: Peers,
         max_inflight_requests: int,
         max_buffered_bytes: int,
+        max_message_bytes: int,
     ) -> None:
         self._fleet = fleet
         self._directory = directory
@@ -120,6 +122,7 @@ class Generator:
         self._peers = peers
         self._max_inflight_requests = max_inflight_requests
         self._max_buffered_bytes = max_buffered_bytes
+        self._max_message_bytes = max_message_bytes
 
     async def start(self, request: gateway_pb2.GenerateRequest, caller: Caller) -> Generation:
         """Submits the request. Raises whatever is wrong with it, or Unavailable when nobody can run it now."""
@@ -177,6 +180,7 @@ class Generator:
 
     def _check_prompt(self, spec: GenerateSpec, prompt: Prompt) -> None:
         fit_context(spec.stopping, len(prompt.token_ids), self._fleet.limits)
+        check_prompt_logprobs(spec.output, len(prompt.token_ids), self._max_message_bytes)
         if prompt.text is not None:
             check_token_ids(prompt.token_ids, self._fleet.limits, "text")
 

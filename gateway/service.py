@@ -81,6 +81,7 @@ class Gateway:
             peers=peers,
             max_inflight_requests=self._config.max_inflight_requests,
             max_buffered_bytes=self._config.max_buffered_bytes,
+            max_message_bytes=self._config.max_message_bytes,
         )
         servicer = GatewayServicer(
             generator,

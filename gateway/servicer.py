@@ -1,11 +1,12 @@
 """GatewayService: check, call, map, return."""
 
+from functools import partial
 from typing import Any
 
 from common.errors import InvalidArgument
 from common.logs import request_id_var
 from gateway.answers import merge
-from gateway.delivery import DeliveryLimits, SlowReader, check_size, deliver
+from gateway.delivery import DeliveryLimits, check_size, deliver
 from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.generation import Caller, Generation, Generator
@@ -53,11 +54,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         with self._metrics.call("GenerateStream", context):
             generation = await self._start(request, context)
             try:
-                await deliver(generation.answers(), context.write, generation.in_flight, self._limits)
-            except SlowReader:
-                self._metrics.slow_clients.inc()
-                generation.close(scheduler_pb2.ABORT_CAUSE_SLOW_READER)
-                raise
+                in_flight, give_up = generation.in_flight, partial(self._give_up, generation)
+                await deliver(generation.answers(), context.write, in_flight, self._limits, give_up)
             finally:
                 generation.close()
 
@@ -75,6 +73,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             page, rest = models[:page_size], models[page_size:]
             token = _PAGE_PREFIX + page[-1].adapter_id if rest else ""
             return gateway_pb2.ListModelsResponse(models=page, next_page_token=token)
+
+    def _give_up(self, generation: Generation) -> None:
+        """Its client does not read."""
+        self._metrics.slow_clients.inc()
+        generation.close(scheduler_pb2.ABORT_CAUSE_SLOW_READER)
 
     async def _start(self, request: gateway_pb2.GenerateRequest, context: Any) -> Generation:
         remaining = context.time_remaining()

@@ -77,6 +77,9 @@ class _Peer:
     def __init__(self, service: Any, add_to_server: Any) -> None:
         self.server = grpc.aio.server()
         self.port = 0
+        # Of the stream to the gateway, which takes one message at a time.
+        self.context: Any = None
+        self._writing = asyncio.Lock()
         # What is not overridden answers UNIMPLEMENTED.
         servicer = service()
         for name in (name for name in vars(type(self)) if name[0].isupper()):
@@ -86,6 +89,10 @@ class _Peer:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    async def write(self, message: Any) -> None:
+        async with self._writing:
+            await self.context.write(message)
 
     async def start(self) -> None:
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
@@ -105,10 +112,9 @@ class FakeScheduler(_Peer):
         self.workers: list[scheduler_pb2.WorkerInfo] = []
         self.received: asyncio.Queue[scheduler_pb2.ConnectRequest] = asyncio.Queue()
         self.connected = asyncio.Event()
-        self._context: Any = None
 
     async def Connect(self, request_iterator: Any, context: Any) -> None:
-        self._context = context
+        self.context = context
         assert (await anext(request_iterator)).hello.protocol_version == PROTOCOL_VERSION
         await self.say(welcome=scheduler_pb2.SchedulerWelcome(scheduler_epoch=1))
         await self.list_workers()
@@ -117,7 +123,7 @@ class FakeScheduler(_Peer):
             self.received.put_nowait(request)
 
     async def say(self, **message: Any) -> None:
-        await self._context.write(scheduler_pb2.ConnectResponse(**message))
+        await self.write(scheduler_pb2.ConnectResponse(**message))
 
     async def list_workers(self) -> None:
         await self.say(workers=scheduler_pb2.WorkerList(workers=self.workers))
@@ -149,7 +155,6 @@ class FakeWorker(_Peer):
         self.model = identity(tokenizer_digest=tokenizer_digest(self.files))
         self.hellos: asyncio.Queue[worker_pb2.AttachHello] = asyncio.Queue()
         self.aborts: asyncio.Queue[scheduler_pb2.Abort] = asyncio.Queue()
-        self._context: Any = None
 
     @property
     def info(self) -> scheduler_pb2.WorkerInfo:
@@ -157,20 +162,20 @@ class FakeWorker(_Peer):
         return scheduler_pb2.WorkerInfo(worker_id=self.worker_id, address=self.address, state=ready, model=self.model)
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
-        self._context = context
+        self.context = context
         hello = (await anext(request_iterator)).hello
         welcome = worker_pb2.AttachWelcome(worker_id=self.worker_id, model=self.model)
         if hello.known_tokenizer_digest != self.model.tokenizer_digest:
             for name, content in self.files.items():
                 welcome.tokenizer_files.add(name=name, content=content)
-        await context.write(worker_pb2.AttachResponse(welcome=welcome))
+        await self.write(worker_pb2.AttachResponse(welcome=welcome))
         self.hellos.put_nowait(hello)
         async for request in request_iterator:
             self.aborts.put_nowait(request.abort)
 
     async def say(self, *sequences: worker_pb2.SequenceTokens) -> None:
         batch = worker_pb2.TokenBatch(worker_id=self.worker_id, sequences=sequences)
-        await self._context.write(worker_pb2.AttachResponse(tokens=batch))
+        await self.write(worker_pb2.AttachResponse(tokens=batch))
 
 
 def tokens(

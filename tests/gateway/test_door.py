@@ -165,11 +165,17 @@ async def test_calls_and_tokens_are_counted(fleet: Fleet) -> None:
     }
 
 
-async def test_a_cancelled_stream_is_counted_as_such(fleet: Fleet) -> None:
-    call = fleet.api.GenerateStream(ask())
+@pytest.mark.parametrize(
+    ("timeout", "code", "outcome"), [(None, "CANCELLED", "cancelled"), (0.1, "DEADLINE_EXCEEDED", "shed")]
+)
+async def test_a_call_that_is_cut_off_is_counted_as_such(
+    fleet: Fleet, timeout: float | None, code: str, outcome: str
+) -> None:
+    call = fleet.api.GenerateStream(ask(), timeout=timeout)
     await fleet.running()
-    call.cancel()
+    if timeout is None:
+        call.cancel()
     await fleet.worker.aborts.get()
+    await fleet.gateway.server.grpc.stop(None)
     shown = generate_latest(fleet.gateway.server.registry).decode()
-    expected = 'requests_total{code="CANCELLED",method="GenerateStream",model="tiny",outcome="cancelled"} 1.0'
-    assert expected in shown
+    assert f'requests_total{{code="{code}",method="GenerateStream",model="tiny",outcome="{outcome}"}} 1.0' in shown

@@ -1,6 +1,8 @@
 """Clients that do not read: bounded in memory and in time, and a burden to nobody else."""
 
+import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -82,6 +84,34 @@ async def test_what_a_cut_off_client_then_reads_is_the_beginning(start_fleet: St
     assert 0 < received[-1] < MANY_TOKENS
 
 
+@pytest.mark.parametrize(
+    ("stall_seconds", "cause"),
+    [
+        pytest.param(0.1, scheduler_pb2.ABORT_CAUSE_SLOW_READER, id="cut off"),
+        pytest.param(1000.0, scheduler_pb2.ABORT_CAUSE_CANCELLED, id="not yet"),
+    ],
+)
+async def test_a_client_that_leaves_without_reading_is_no_error(
+    start_fleet: StartFleet,
+    unread: Unread,
+    caplog: pytest.LogCaptureFixture,
+    stall_seconds: float,
+    cause: "scheduler_pb2.AbortCause.ValueType",
+) -> None:
+    fleet = await start_fleet(write_stall_seconds=stall_seconds, max_buffered_bytes=2**30)
+    call, _ = await unread(fleet)
+    aborting = asyncio.ensure_future(fleet.worker.aborts.get())
+    if cause == scheduler_pb2.ABORT_CAUSE_SLOW_READER:
+        await asyncio.wait([aborting])
+    call.cancel()
+    assert (await aborting).cause == cause
+    await fleet.gateway.server.grpc.stop(5.0)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    shown = generate_latest(fleet.gateway.server.registry).decode()
+    code = "RESOURCE_EXHAUSTED" if cause == scheduler_pb2.ABORT_CAUSE_SLOW_READER else "CANCELLED"
+    assert f'requests_total{{code="{code}",method="GenerateStream"' in shown
+
+
 async def test_a_client_that_stalls_slows_nobody(fleet: Fleet, unread: Unread) -> None:
     stalled, _ = await unread(fleet)
     for _ in range(10):
@@ -100,3 +130,13 @@ async def test_a_message_larger_than_the_transport_takes_is_refused(start_fleet:
         await fleet.worker.say(tokens(key, 0, token_ids("x" * 2000), finish=True))
         error = await failure(call)
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE")
+
+
+async def test_log_probabilities_of_a_prompt_that_no_message_takes_are_refused_before_any_work(
+    start_fleet: StartFleet,
+) -> None:
+    fleet = await start_fleet(max_message_bytes=1000)
+    error = await failure(fleet.api.Generate(ask("x" * 10, output=types_pb2.OutputParams(prompt_logprobs=20))))
+    assert reason_of(error) == "ANSWER_TOO_LARGE"
+    assert "at least 2772 bytes and may have 1000" in (error.details() or "")
+    assert fleet.scheduler.received.empty()

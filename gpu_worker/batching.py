@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.packing import PackedLayout
-from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.memory.manager import MemoryManager, SharedPrefix
 from gpu_worker.sequence import Sequence, SequenceState
 
 
@@ -74,6 +74,10 @@ class Batcher:
     def num_running(self) -> int:
         return len(self._running)
 
+    def outputs(self, attempt_id: str) -> list[Sequence]:
+        """Outputs of an attempt that have not ended."""
+        return [sequence for sequence in self._sequences.values() if sequence.attempt_id == attempt_id]
+
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in line."""
         self._sequences[sequence.sequence_id] = sequence
@@ -139,14 +143,20 @@ class Batcher:
         while position < len(self._waiting) and len(self._running) < self._max_sequences:
             sequence = self._sequences[self._waiting[position][1]]
             layout = self._layout_of(sequence.adapter_version) if sequence.adapter_version else None
-            if sequence.adapter_version and layout is None:
+            source = sequence.outputs[0] if sequence.output_index else None
+            shares = source is not None and not source.finished
+            if (sequence.adapter_version and layout is None) or (shares and not _prompt_computed(source)):
                 position += 1
                 continue
             # A resumed sequence would only be preempted again if it came back with less than its whole length.
             tokens = sequence.num_tokens if sequence.preemptions else min(sequence.num_tokens, self._max_step_tokens)
             resident = self._memory.adapters.get(sequence.adapter_version) if layout else None
-            if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout):
+            shared = SharedPrefix(source.sequence_id, len(source.prompt_token_ids) - 1) if source and shares else None
+            if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout, shared):
                 return
+            if shared:
+                page_size = self._memory.geometry.page_size
+                sequence.computed_tokens = shared.num_tokens // page_size * page_size
             if layout and resident is None:
                 plan.loads.append(sequence.adapter_version)
             ready = layout is None or (resident is not None and not resident.loading)
@@ -160,7 +170,7 @@ class Batcher:
         if sequence.state is not SequenceState.RUNNING:
             return False
         while not self._memory.grow(sequence.sequence_id, num_tokens):
-            victim = max(self._running.values(), key=lambda running: running.order_key)
+            victim = max(self._running.values(), key=lambda running: (running.order_key, running.output_index))
             self.preempt(victim, last_step)
             plan.preempted.append(victim)
             if victim is sequence:
@@ -170,3 +180,8 @@ class Batcher:
     def _release(self, sequence: Sequence, last_step: int) -> None:
         del self._running[sequence.sequence_id]
         self._memory.release(sequence.sequence_id, sequence.adapter_version, last_step)
+
+
+def _prompt_computed(source: Sequence | None) -> bool:
+    """Output 0 has the prompt in pages, so the others can share them."""
+    return source is not None and source.computed_tokens >= len(source.prompt_token_ids)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from common.errors import DataLoss, FailedPrecondition, InvalidArgument, LoraplexError, NotFound, from_proto, to_proto
 from gpu_worker.batching import Batcher
-from gpu_worker.convert import sequence_id, to_progress, to_resident, to_sequence, to_usage
+from gpu_worker.convert import attempt_id, to_progress, to_resident, to_sequences, to_usage
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import LoadDone
 from gpu_worker.memory.adapter_cache import AdapterInUseError
@@ -18,6 +18,13 @@ from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 _log = logging.getLogger(__name__)
 
 Arrival = engine_pb2.EngineCommand | LoadDone
+
+# How an output that a gateway ended is counted.
+_COUNTED_AS = {
+    scheduler_pb2.ABORT_CAUSE_DEADLINE: "deadline",
+    scheduler_pb2.ABORT_CAUSE_STOP: "stop",
+    scheduler_pb2.ABORT_CAUSE_SLOW_READER: "slow_reader",
+}
 
 
 class CommandLog:
@@ -87,7 +94,7 @@ class CommandProcessor:
                 for command in self.log.accept(arrival.scheduler_commands):
                     self._apply_command(command)
             elif kind == "abort":
-                self._abort(arrival.abort.key)
+                self._abort(arrival.abort)
             elif kind == "adapter_fetched":
                 self._adapter_fetched(arrival.adapter_fetched)
             elif kind == "adapter_fetch_failed":
@@ -96,7 +103,7 @@ class CommandProcessor:
                 self._fail_adapter(arrival.adapter_fetch_failed.adapter_version, failure)
             elif kind == "gateway_lost":
                 for sequence in [s for s in self._batcher if s.gateway_id == arrival.gateway_lost.gateway_id]:
-                    self._end_aborted(sequence)
+                    self._end_aborted(sequence, scheduler_pb2.ABORT_CAUSE_CANCELLED)
             elif kind == "memory":
                 events.append(engine_pb2.EngineEvent(memory=self._memory_reply(arrival.memory)))
             elif kind == "take_snapshot":
@@ -111,38 +118,48 @@ class CommandProcessor:
         elif kind == "prefetch":
             self._want_adapter(command.prefetch.tenant, command.prefetch.adapter_version)
         elif kind == "abort":
-            self._abort(command.abort.key)
+            self._abort(command.abort)
         elif kind == "revoke":
             self._revoke(command.revoke.key)
         elif kind == "reorder":
-            if sequence := self._batcher.get(sequence_id(command.reorder.key)):
+            for sequence in self._outputs(command.reorder.key):
                 self._batcher.reorder(sequence, command.reorder.order_key)
         elif kind == "preempt":
-            sequence = self._batcher.get(sequence_id(command.preempt.key))
-            if sequence and sequence.state is not SequenceState.WAITING:
-                self._batcher.preempt(sequence, self._last_step)
-                self._outbox.changed(sequence)
+            for sequence in self._outputs(command.preempt.key):
+                if sequence.state is not SequenceState.WAITING:
+                    self._batcher.preempt(sequence, self._last_step)
+                    self._outbox.changed(sequence)
+
+    def _outputs(self, key: types_pb2.RequestKey) -> list[Sequence]:
+        return self._batcher.outputs(attempt_id(key))
 
     def _offer(self, offer: scheduler_pb2.Offer) -> None:
-        sequence = to_sequence(offer, self._eos_token_ids)
-        if self._batcher.get(sequence.sequence_id):
+        if self._outputs(offer.request.key):
             return
-        sequence.timings.offered = time.monotonic()
+        outputs = to_sequences(offer, self._eos_token_ids)
+        first = outputs[0]
+        first.timings.offered = time.monotonic()
         # A newer attempt fences the older ones, in whatever order they come.
-        for other in [s for s in self._batcher if s.request_id == sequence.request_id]:
-            if other.attempt > sequence.attempt:
-                self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED)
+        for other in [s for s in self._batcher if s.request_id == first.request_id]:
+            if other.attempt > first.attempt:
+                self._end_unstarted(outputs)
                 return
-            self._end_aborted(other)
-        layout = self._host.layout(sequence.adapter_version)
+            self._end_aborted(other, scheduler_pb2.ABORT_CAUSE_CANCELLED)
+        layout = self._host.layout(first.adapter_version)
         adapter_bytes = layout.total_bytes if layout else offer.request.adapter_bytes
-        if error := self._unusable_tokens(sequence) or self._never_fits(sequence, adapter_bytes):
-            self._outbox.fail(sequence, error)
+        if error := self._unusable_tokens(first) or self._never_fits(first, adapter_bytes):
+            self._outbox.fail(first, error)
             return
-        self._batcher.add(sequence)
-        self._outbox.changed(sequence)
-        if sequence.adapter_version:
-            self._want_adapter(sequence.tenant, sequence.adapter_version)
+        for sequence in outputs:
+            self._batcher.add(sequence)
+        self._outbox.changed(first)
+        if first.adapter_version:
+            self._want_adapter(first.tenant, first.adapter_version)
+
+    def _end_unstarted(self, outputs: list[Sequence]) -> None:
+        for sequence in outputs:
+            sequence.state = SequenceState.FINISHED
+            self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED, counted_as="cancelled")
 
     def _unusable_tokens(self, sequence: Sequence) -> LoraplexError | None:
         """What a gateway should have refused: it would break the whole batch."""
@@ -166,24 +183,29 @@ class CommandProcessor:
         )
         return FailedPrecondition("REQUEST_TOO_LARGE", message)
 
-    def _abort(self, key: types_pb2.RequestKey) -> None:
-        if sequence := self._batcher.get(sequence_id(key)):
-            self._end_aborted(sequence)
+    def _abort(self, abort: scheduler_pb2.Abort) -> None:
+        for sequence in self._outputs(abort.key):
+            if not abort.output_indexes or sequence.output_index in abort.output_indexes:
+                self._end_aborted(sequence, abort.cause)
 
-    def _end_aborted(self, sequence: Sequence) -> None:
+    def _end_aborted(self, sequence: Sequence, cause: "scheduler_pb2.AbortCause.ValueType") -> None:
         self._batcher.remove(sequence, self._last_step)
-        self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED)
+        # A stop string matched at the gateway: the output is complete.
+        stopped = cause == scheduler_pb2.ABORT_CAUSE_STOP
+        reason = types_pb2.FINISH_REASON_STOP if stopped else types_pb2.FINISH_REASON_ABORTED
+        self._outbox.finish(sequence, reason, counted_as=_COUNTED_AS.get(cause, "cancelled"))
 
     def _revoke(self, key: types_pb2.RequestKey) -> None:
         """Gives a request back unless it has held pages already; then its real state answers."""
-        sequence = self._batcher.get(sequence_id(key))
-        if sequence is None:
+        outputs = self._outputs(key)
+        if not outputs:
             return
-        if sequence.state is SequenceState.WAITING and not sequence.preemptions:
-            self._batcher.remove(sequence, self._last_step)
-            self._outbox.revoked(sequence)
+        if all(sequence.state is SequenceState.WAITING and not sequence.preemptions for sequence in outputs):
+            for sequence in outputs:
+                self._batcher.remove(sequence, self._last_step)
+            self._outbox.revoked(outputs[0])
         else:
-            self._outbox.changed(sequence)
+            self._outbox.changed(outputs[0])
 
     def _want_adapter(self, tenant: str, adapter_version: str) -> None:
         if self._host.want(adapter_version):
@@ -218,7 +240,7 @@ class CommandProcessor:
 
     def _snapshot(self) -> engine_pb2.EngineSnapshot:
         return engine_pb2.EngineSnapshot(
-            in_flight=[to_progress(sequence) for sequence in self._batcher],
+            in_flight=list({s.attempt_id: to_progress(s) for s in self._batcher}.values()),
             resident=[to_resident(adapter) for adapter in self._memory.adapters],
             memory=to_usage(self._memory, self._host.num_bytes),
         )

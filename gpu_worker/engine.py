@@ -122,19 +122,22 @@ class Engine:
         """Books a computed chunk; a sequence that got a token may have ended with it."""
         sequence = chunk.sequence
         sequence.computed_tokens = chunk.start + chunk.length
-        token = output.tokens.get(sequence.sequence_id)
-        if token is None:
+        sequence.prompt_logprobs.extend(output.prompt_logprobs.get(sequence.sequence_id, ()))
+        draw = output.draws.get(sequence.sequence_id)
+        if draw is None:
             return
         timings = sequence.timings
         timings.first_token = timings.first_token or time.monotonic()
-        sequence.output_token_ids.append(token)
-        self._outbox.token(sequence)
-        reason = self._finish_reason(sequence, token)
+        sequence.output_token_ids.append(draw.token_id)
+        self._outbox.token(sequence, draw.logprobs)
+        reason = self._finish_reason(sequence, draw.token_id)
         if reason == types_pb2.FINISH_REASON_UNSPECIFIED:
             return
         self._batcher.remove(sequence, self._step)
-        matched = token if reason == types_pb2.FINISH_REASON_STOP else None
-        self._outbox.finish(sequence, reason, matched)
+        if reason == types_pb2.FINISH_REASON_STOP:
+            self._outbox.finish(sequence, reason, counted_as="stop", matched_stop_token_id=draw.token_id)
+        else:
+            self._outbox.finish(sequence, reason, counted_as="length")
 
     def _finish_reason(self, sequence: Sequence, token: int) -> "types_pb2.FinishReason.ValueType":
         stopping, num_output = sequence.stopping, len(sequence.output_token_ids)

@@ -50,8 +50,8 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
     """
     hf_config = base_model.read_config(config.model)
-    sizes = base_model.geometry(hf_config)
     model = load_model(config.model, config.dtype, config.device)
+    sizes = model.config.geometry
     element_bytes = torch.empty(0, dtype=model.dtype).element_size()
     geometry = PageGeometry(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, element_bytes, config.page_size)
     num_pages = parse_bytes(config.memory) // geometry.page_bytes

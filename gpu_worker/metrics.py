@@ -2,20 +2,13 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
+from loraplex.v1 import engine_pb2, scheduler_pb2
 
 # One bucket a value up to 16: small batches are read off exactly.
 _DISTINCT_BUCKETS = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-_FINISH_REASONS = {
-    types_pb2.FINISH_REASON_STOP: "stop",
-    types_pb2.FINISH_REASON_LENGTH: "length",
-    types_pb2.FINISH_REASON_ABORTED: "cancelled",
-    types_pb2.FINISH_REASON_ERROR: "error",
-}
 
 
 class WorkerMetrics:
@@ -34,7 +27,7 @@ class WorkerMetrics:
         self._kv_usage = gauge("loraplex_worker_kv_cache_usage_ratio", "Share of the pool that holds KV")
         self._preemptions = counter("loraplex_worker_preemptions", "Sequences that gave their pages back")
         self._tokens = counter("loraplex_worker_step_tokens", "Tokens computed", ("phase",))
-        self._finished = counter("loraplex_worker_finish", "Sequences that ended", ("reason",))
+        self._finished = counter("loraplex_worker_finish", "Outputs that ended", ("reason",))
         self._last_step = gauge("loraplex_worker_last_step_timestamp_seconds", "When the last step ended")
         self._loads = counter("loraplex_adapter_loads", "Adapters copied to a tier", ("from_tier", "to_tier"))
         self._evictions = counter("loraplex_adapter_evictions", "Adapters whose pages were taken", ("tier",))
@@ -71,9 +64,8 @@ class WorkerMetrics:
         self._running.set(report.running_sequences)
         self._waiting.set(report.waiting_sequences)
         self._memory(report.memory)
-        for progress in report.progress:
-            if reason := _FINISH_REASONS.get(progress.finish_reason):
-                self._finished.labels(reason).inc()
+        for finished in result.finished:
+            self._finished.labels(finished.reason).inc(finished.outputs)
         if result.HasField("stats"):
             self._stats(result.stats)
             self._last_step.set(now)

@@ -14,7 +14,8 @@ from gpu_worker.memory.adapter_cache import ResidentAdapter
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.models.decoder import Decoder
-from gpu_worker.sampler import sample
+from gpu_worker.sampler import Draw, sample, token_logprobs
+from gpu_worker.sequence import TokenLogprobs
 from kernels.adapters import ADAPTER_DTYPES, AdapterTables, Segments
 
 _DTYPE_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in enumerate(ADAPTER_DTYPES)}
@@ -24,8 +25,10 @@ _DTYPE_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in enume
 class StepOutput:
     """Tokens drawn in a step and the seconds its phases took."""
 
-    # request id and attempt -> token
-    tokens: dict[str, int]
+    # sequence id -> token
+    draws: dict[str, Draw]
+    # sequence id -> log-probabilities of the prompt tokens that this step's prompt chunk predicts
+    prompt_logprobs: dict[str, list[TokenLogprobs]]
     # the base model counts as one
     distinct_adapters: int
     # largest rank of each adapter in the batch
@@ -58,9 +61,11 @@ class ModelRunner:
         with torch.inference_mode():
             logits = self._model.forward(batch)
             forwarded = time.perf_counter()
-            tokens = self._sample(logits, ordered)
+            draws, prompt_logprobs = self._read(logits, ordered)
         lora_ranks = [int(adapter.table.lora_rank.max()) for adapter in adapters]
-        return StepOutput(tokens, len(versions), lora_ranks, forwarded - started, time.perf_counter() - forwarded)
+        return StepOutput(
+            draws, prompt_logprobs, len(versions), lora_ranks, forwarded - started, time.perf_counter() - forwarded
+        )
 
     def _resident(self, adapter_version: str, step: int) -> ResidentAdapter:
         self._memory.adapters.touch(adapter_version, step)
@@ -69,14 +74,25 @@ class ModelRunner:
             raise AssertionError(f"adapter {adapter_version} is in a batch but not in pages")
         return adapter
 
-    def _sample(self, logits: torch.Tensor, chunks: Sequence[Chunk]) -> dict[str, int]:
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sequences:
-            return {}
-        params = [sequence.sampling for sequence in sequences]
-        positions = [sequence.num_tokens for sequence in sequences]
-        tokens = sample(logits, params, positions)
-        return {sequence.sequence_id: token for sequence, token in zip(sequences, tokens, strict=True)}
+    def _read(
+        self, logits: torch.Tensor, chunks: Sequence[Chunk]
+    ) -> tuple[dict[str, Draw], dict[str, list[TokenLogprobs]]]:
+        """Draws tokens and describes prompt tokens; `logits` has the rows of `_logit_offsets`, chunk after chunk."""
+        sampled, rows, described, row = [], [], {}, 0
+        for chunk in chunks:
+            offsets = _logit_offsets(chunk)
+            if predicted := _predicted_prompt(chunk):
+                counts = [chunk.sequence.sampling.prompt_logprobs or 0] * len(predicted)
+                part = logits[row : row + len(predicted)]
+                described[chunk.sequence.sequence_id] = token_logprobs(part, predicted, counts)
+            row += len(offsets)
+            if chunk.samples:
+                sampled.append(chunk.sequence)
+                rows.append(row - 1)
+        if not sampled:
+            return {}, described
+        draws = sample(logits[rows] if described else logits, sampled)
+        return {sequence.sequence_id: draw for sequence, draw in zip(sampled, draws, strict=True)}, described
 
     def _build(self, chunks: Sequence[Chunk], versions: list[str], adapters: list[ResidentAdapter]) -> ForwardBatch:
         page_size = self._memory.geometry.page_size
@@ -90,9 +106,7 @@ class ModelRunner:
         positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)
         sequence_of_token = np.repeat(np.arange(len(chunks)), lengths)
         pages = page_table[sequence_of_token, positions // page_size].astype(np.int64)
-        logit_rows = np.array(
-            [query_start[row + 1] - 1 for row, chunk in enumerate(chunks) if chunk.samples], dtype=np.int64
-        )
+        logit_rows = [query_start[row] + offset for row, chunk in enumerate(chunks) for offset in _logit_offsets(chunk)]
         return ForwardBatch(
             token_ids=self._to_device(token_ids),
             positions=self._to_device(positions),
@@ -100,7 +114,7 @@ class ModelRunner:
             page_table=self._to_device(page_table),
             query_start=self._to_device(query_start.astype(np.int32)),
             context_lens=self._to_device(context_lens),
-            logit_rows=self._to_device(logit_rows),
+            logit_rows=self._to_device(np.array(logit_rows, np.int64)),
             segments=self._segments(chunks, lengths, versions),
             adapters=self._adapter_tables(adapters),
             kv_pages=self._kv_pages,
@@ -137,6 +151,23 @@ class ModelRunner:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _predicted_prompt(chunk: Chunk) -> list[int]:
+    """Prompt tokens whose log-probabilities the chunk yields and nobody has yet: each is predicted one before."""
+    sequence = chunk.sequence
+    if not sequence.wants_prompt_logprobs:
+        return []
+    first = 1 + len(sequence.prompt_logprobs)
+    return sequence.prompt_token_ids[first : chunk.start + chunk.length + 1] if first > chunk.start else []
+
+
+def _logit_offsets(chunk: Chunk) -> list[int]:
+    """Tokens of the chunk whose logits are wanted: those that predict prompt tokens, then the one that samples."""
+    first = len(chunk.sequence.prompt_logprobs) - chunk.start
+    offsets = list(range(first, first + len(_predicted_prompt(chunk))))
+    last = chunk.length - 1
+    return [*offsets, last] if chunk.samples else offsets
 
 
 def _token_ids(chunk: Chunk) -> npt.NDArray[np.int64]:

@@ -1,11 +1,11 @@
 """What one step tells the gateways and the scheduler, gathered while it happens."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from common.errors import LoraplexError, to_proto
-from gpu_worker.convert import to_cost, to_key, to_progress
-from gpu_worker.sequence import Sequence
+from gpu_worker.convert import to_cost, to_key, to_position, to_progress
+from gpu_worker.sequence import Sequence, TokenLogprobs
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
 
 
@@ -14,66 +14,81 @@ class Outbox:
 
     def __init__(self) -> None:
         self._tokens: dict[str, list[worker_pb2.SequenceTokens]] = defaultdict(list)
-        # The latest state of each sequence that changed.
+        # The latest state of each attempt that changed.
         self._progress: dict[str, scheduler_pb2.RequestProgress] = {}
         self._needed: list[engine_pb2.AdapterNeeded] = []
+        self._finished: Counter[str] = Counter()
 
     def changed(self, sequence: Sequence) -> None:
-        """The scheduler should hear of the sequence's state."""
-        self._progress[sequence.sequence_id] = to_progress(sequence)
+        """The scheduler should hear of the state of the sequence's request."""
+        self._progress[sequence.attempt_id] = to_progress(sequence)
 
     def need_adapter(self, tenant: str, adapter_version: str) -> None:
         self._needed.append(engine_pb2.AdapterNeeded(tenant=tenant, adapter_version=adapter_version))
 
-    def token(self, sequence: Sequence) -> None:
+    def token(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
         """The sequence's newest token goes to its gateway."""
         offset = len(sequence.output_token_ids) - 1
-        self._tokens[sequence.gateway_id].append(
-            worker_pb2.SequenceTokens(
-                key=to_key(sequence), token_offset=offset, token_ids=sequence.output_token_ids[offset:]
-            )
-        )
+        message = self._add_message(sequence, offset)
+        message.token_ids.extend(sequence.output_token_ids[offset:])
+        if logprobs is not None:
+            message.logprobs.append(to_position(logprobs))
+        first = offset == sequence.num_delivered
+        if first and sequence.output_index == 0 and sequence.sampling.prompt_logprobs is not None:
+            # Nothing is predicted before the first prompt token.
+            message.prompt_logprobs.append(types_pb2.PositionLogprobs())
+            message.prompt_logprobs.extend(to_position(position) for position in sequence.prompt_logprobs)
 
     def finish(
         self,
         sequence: Sequence,
         reason: "types_pb2.FinishReason.ValueType",
+        *,
+        counted_as: str,
         matched_stop_token_id: int | None = None,
     ) -> None:
-        """The sequence ended; rides on the message of its last token when there is one."""
+        """The output ended; rides on the message of its last token. Usage goes with the request's last output."""
         message = self._last_message(sequence)
         message.finish_reason = reason
-        message.usage.CopyFrom(to_cost(sequence, time.monotonic()))
         if matched_stop_token_id is not None:
             message.matched_stop_token_id = matched_stop_token_id
+        self._finished[counted_as] += 1
         progress = to_progress(sequence)
-        progress.state = scheduler_pb2.REQUEST_STATE_FINISHED
-        progress.finish_reason = reason
-        self._progress[sequence.sequence_id] = progress
+        if all(output.finished for output in sequence.outputs):
+            message.usage.CopyFrom(to_cost(sequence, time.monotonic()))
+            progress.finish_reason = reason
+        self._progress[sequence.attempt_id] = progress
 
     def fail(self, sequence: Sequence, error: LoraplexError) -> None:
-        """The sequence failed; its gateway gets the error."""
+        """The output failed, and with it the request; its gateway gets the error."""
         message = self._last_message(sequence)
         message.finish_reason = types_pb2.FINISH_REASON_ERROR
         message.error.CopyFrom(to_proto(error))
+        self._finished["error"] += 1
         progress = to_progress(sequence)
         progress.state = scheduler_pb2.REQUEST_STATE_FAILED
         progress.finish_reason = types_pb2.FINISH_REASON_ERROR
         progress.error.CopyFrom(to_proto(error))
-        self._progress[sequence.sequence_id] = progress
+        self._progress[sequence.attempt_id] = progress
 
     def revoked(self, sequence: Sequence) -> None:
-        """The scheduler took the sequence back; its gateway hears nothing."""
+        """The scheduler took the request back; its gateway hears nothing."""
         progress = to_progress(sequence)
         progress.state = scheduler_pb2.REQUEST_STATE_REVOKED
-        self._progress[sequence.sequence_id] = progress
+        self._progress[sequence.attempt_id] = progress
 
     def _last_message(self, sequence: Sequence) -> worker_pb2.SequenceTokens:
         key, messages = to_key(sequence), self._tokens[sequence.gateway_id]
-        if messages and messages[-1].key == key:
+        if messages and messages[-1].key == key and messages[-1].output_index == sequence.output_index:
             return messages[-1]
-        messages.append(worker_pb2.SequenceTokens(key=key, token_offset=len(sequence.output_token_ids)))
-        return messages[-1]
+        return self._add_message(sequence, len(sequence.output_token_ids))
+
+    def _add_message(self, sequence: Sequence, token_offset: int) -> worker_pb2.SequenceTokens:
+        message = worker_pb2.SequenceTokens(
+            key=to_key(sequence), output_index=sequence.output_index, token_offset=token_offset
+        )
+        self._tokens[sequence.gateway_id].append(message)
+        return message
 
     def take(self) -> engine_pb2.StepResult:
         """Everything gathered since the last call."""
@@ -84,7 +99,9 @@ class Outbox:
             ],
             report=scheduler_pb2.StepReport(progress=self._progress.values()),
             adapters_needed=self._needed,
+            finished=[engine_pb2.FinishCount(reason=reason, outputs=count) for reason, count in self._finished.items()],
         )
+        self._finished.clear()
         self._tokens.clear()
         self._progress.clear()
         self._needed = []

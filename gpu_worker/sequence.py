@@ -15,10 +15,28 @@ class SequenceState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. Temperature 0 is greedy."""
+    """How the next token is drawn. Temperature 0 is greedy; 0, 1.0 or None switch the rest off."""
 
     temperature: float
     seed: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    # (token id, bias), by token id
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Alternatives to report with each generated token; None reports nothing, not even the token itself.
+    logprobs: int | None = None
+    # The same for each prompt token.
+    prompt_logprobs: int | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Logits change before temperature."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +58,19 @@ class Timings:
     first_token: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position under the model itself, before penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    # (token id, log-probability), the most likely first
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens, progress and place in line of one attempt at one request."""
+    """Tokens, progress and place in line of one output of one attempt at a request."""
 
     request_id: str
     attempt: int
@@ -57,16 +85,38 @@ class Sequence:
     stopping: StoppingParams
     # Empty for the base model.
     adapter_version: str = ""
+    output_index: int = 0
+    # All outputs of the attempt by index; a new one joins. Output 0 computes the prompt that the others share.
+    outputs: "list[Sequence]" = field(default_factory=list)
+    # Of the prompt tokens from the second on, as far as computed; in output 0 only.
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     # Tokens whose KV is in pages.
     computed_tokens: int = 0
     preemptions: int = 0
     timings: Timings = field(default_factory=Timings)
 
+    def __post_init__(self) -> None:
+        self.outputs.append(self)
+
     @property
-    def sequence_id(self) -> str:
+    def attempt_id(self) -> str:
         """Unique in a worker: an old attempt and its successor may meet here."""
         return f"{self.request_id}/{self.attempt}"
+
+    @property
+    def sequence_id(self) -> str:
+        return f"{self.attempt_id}/{self.output_index}"
+
+    @property
+    def finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some are still missing."""
+        asked = self.sampling.prompt_logprobs is not None and self.output_index == 0
+        return asked and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
 
     @property
     def num_tokens(self) -> int:

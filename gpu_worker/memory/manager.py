@@ -20,6 +20,14 @@ class ResidencyChange:
     num_pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """The first `num_tokens` of an admitted sequence, computed, which another begins with too."""
+
+    sequence_id: str
+    num_tokens: int
+
+
 class MemoryManager:
     """Pages of one pool, shared by running sequences and resident adapters.
 
@@ -36,18 +44,28 @@ class MemoryManager:
         self._change_sequence = 0
         self.evictions = 0
 
-    def admit(self, sequence_id: str, num_tokens: int, adapter_version: str, layout: PackedLayout | None) -> bool:
+    def admit(
+        self,
+        sequence_id: str,
+        num_tokens: int,
+        adapter_version: str,
+        layout: PackedLayout | None,
+        shared: SharedPrefix | None = None,
+    ) -> bool:
         """Reserves KV for `num_tokens` and the adapter's pages, both or nothing, and pins the adapter.
 
-        `layout` is that of the adapter; None with an empty `adapter_version` means the base model. False when even
-        evicting every cold adapter would not make room.
+        `layout` is that of the adapter; None with an empty `adapter_version` means the base model. The full pages of
+        `shared` are taken over instead of allocated. False when even evicting every cold adapter would not make room.
         """
         resident = self.adapters.get(adapter_version) if layout else None
-        need = self.kv.missing_pages(sequence_id, num_tokens)
+        shared_pages = shared.num_tokens // self.geometry.page_size if shared else 0
+        need = max(0, self.geometry.pages_for_tokens(num_tokens) - shared_pages)
         if layout and resident is None:
             need += self.geometry.pages_for_bytes(layout.total_bytes)
         if not self._make_room(need, keep=adapter_version):
             return False
+        if shared:
+            self.kv.share(shared.sequence_id, sequence_id, shared.num_tokens)
         self.kv.extend(sequence_id, num_tokens)
         if layout:
             adapter = resident or self.adapters.add_loading(adapter_version, layout)
@@ -106,10 +124,10 @@ class MemoryManager:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless free + quarantined + loading + kv + prefix + adapters = all, one owner each."""
         self._allocator.check_integrity(self._owned())
+        self.kv.check_integrity()
 
     def _owned(self) -> Iterator[tuple[PageKind, list[int]]]:
-        for table in self.kv.tables():
-            yield PageKind.KV, list(table)
+        yield PageKind.KV, list(self.kv.owned_pages())
         for adapter in self.adapters:
             yield (PageKind.LOADING if adapter.loading else PageKind.ADAPTER), adapter.pages
 

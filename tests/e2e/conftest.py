@@ -8,23 +8,19 @@ import pytest
 from loraplex.fleet import Fleet
 from tests.e2e.support import running_fleet
 from tests.e2e.tiny_model import (
+    MIN_MARGIN,
     PARITY_ADAPTERS,
     AdapterRecipe,
     TinyModel,
     greedy,
     load_oracle,
+    prompt_for,
     save_adapter,
     save_base,
 )
 
 # Found by trying seeds until every continuation below has a margin above MIN_MARGIN.
 BASE_SEED = 17
-MIN_MARGIN = 1e-3
-
-
-def prompt_for(index: int) -> list[int]:
-    """A prompt of its own length for each adapter: 20 to 60 tokens."""
-    return [1] + [3 + (37 * position + 11 * index) % 250 for position in range(20 + 5 * index)]
 
 
 @pytest.fixture(scope="session")

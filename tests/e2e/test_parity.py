@@ -11,13 +11,7 @@ from loraplex import AsyncClient
 from loraplex.fleet import Fleet
 from loraplex.metrics import DISTINCT_ADAPTERS, fetch_metrics, histogram_maximum
 from tests.e2e.support import all_at_once, running_fleet
-from tests.e2e.tiny_model import TinyModel
-
-
-def differing(answers: dict[str, list[int]], expected: dict[str, list[int]]) -> set[str]:
-    """Adapters whose greedy tokens are not the oracle's: the parity check itself."""
-    assert answers.keys() == expected.keys()
-    return {name for name in expected if answers[name] != expected[name]}
+from tests.e2e.tiny_model import NUM_TOKENS, TinyModel, differing
 
 
 async def ask(fleet: Fleet, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -33,6 +27,10 @@ async def test_eight_ranks_and_the_base_in_one_batch_answer_like_transformers_an
     tiny: TinyModel, fleet: Fleet
 ) -> None:
     assert differing(await ask(fleet, tiny.prompts), tiny.answers) == set()
+    # Now every adapter is resident, and streams this long cannot miss each other.
+    async with AsyncClient(fleet.gateway.address) as client:
+        longer = await all_at_once(client, tiny.prompts, max_tokens=4 * NUM_TOKENS)
+    assert differing({name: answer[:NUM_TOKENS] for name, answer in longer.items()}, tiny.answers) == set()
     metrics = fetch_metrics(fleet.workers[0].metrics_address)
     assert histogram_maximum(metrics, DISTINCT_ADAPTERS) >= 9
 

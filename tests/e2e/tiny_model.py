@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NUM_TOKENS = 64
 VOCAB_SIZE = 259
+# Of the best logit over the second, at every step of every oracle: far more than float32 can move.
+MIN_MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,14 @@ def save_adapter(base: Path, folder: Path, recipe: AdapterRecipe, seed: int) -> 
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
+def prompt_for(index: int) -> list[int]:
+    """A prompt of its own length for each adapter: 20 to 60 tokens."""
+    return [1] + [3 + (37 * position + 11 * index) % 250 for position in range(20 + 5 * index)]
+
+
 def load_oracle(base: Path, adapter: Path | None) -> torch.nn.Module:
     """transformers, and peft when `adapter` is given, in float32."""
-    model: torch.nn.Module = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()
@@ -110,3 +117,9 @@ def greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int = NUM_TOKE
             fed, past = [int(best.indices[0])], output.past_key_values
             tokens += fed
     return tokens[len(prompt) :], margin
+
+
+def differing(answers: dict[str, list[int]], expected: dict[str, list[int]]) -> set[str]:
+    """Adapters whose greedy tokens are not the oracle's: the parity check itself."""
+    assert answers.keys() == expected.keys()
+    return {name for name in expected if answers[name] != expected[name]}

@@ -34,7 +34,9 @@ class EngineDriver:
         self.hold_loads = False
         self._held: list[LoadDone] = []
         self._arrivals: list[Arrival] = []
+        # By request; those of its outputs after the first are under `name/index`.
         self.tokens: dict[str, list[int]] = {}
+        self.messages: list[worker_pb2.SequenceTokens] = []
         self.ended: dict[str, worker_pb2.SequenceTokens] = {}
         self.progress: dict[str, list[scheduler_pb2.RequestProgress]] = {}
         self.asked: list[str] = []
@@ -120,7 +122,8 @@ class EngineDriver:
             self._deliver(needed.adapter_version)
         for batch in step.tokens:
             for sequence in batch.sequences:
-                name = sequence.key.request_id
+                self.messages.append(sequence)
+                name = sequence.key.request_id + (f"/{sequence.output_index}" if sequence.output_index else "")
                 self.tokens.setdefault(name, []).extend(sequence.token_ids)
                 if sequence.finish_reason:
                     self.ended[name] = sequence
@@ -154,6 +157,7 @@ def new_offer(
     ignore_eos: bool = True,
     min_tokens: int = 0,
     stop_token_ids: Sequence[int] = (),
+    output: types_pb2.OutputParams | None = None,
 ) -> scheduler_pb2.Offer:
     request = types_pb2.RequestSpec(
         key=types_pb2.RequestKey(request_id=name, attempt=attempt, tenant="default"),
@@ -166,6 +170,7 @@ def new_offer(
         stopping=types_pb2.StoppingParams(
             max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids
         ),
+        output=output,
     )
     return scheduler_pb2.Offer(request=request, order_key=order_key)
 

@@ -29,14 +29,14 @@ def test_a_token_says_where_it_belongs() -> None:
 def test_the_last_token_and_the_end_are_one_message() -> None:
     outbox, sequence = Outbox(), with_output("s", 5)
     outbox.token(sequence)
-    outbox.finish(sequence, LENGTH)
+    outbox.finish(sequence, LENGTH, counted_as="length")
     (message,) = messages(outbox.take())
     assert (list(message.token_ids), message.finish_reason) == ([5], LENGTH)
 
 
 def test_an_end_without_a_token_says_how_many_came_before() -> None:
     outbox = Outbox()
-    outbox.finish(with_output("s", 5, 6), types_pb2.FINISH_REASON_ABORTED)
+    outbox.finish(with_output("s", 5, 6), types_pb2.FINISH_REASON_ABORTED, counted_as="length")
     (message,) = messages(outbox.take())
     assert (message.token_offset, list(message.token_ids)) == (2, [])
 
@@ -44,7 +44,7 @@ def test_an_end_without_a_token_says_how_many_came_before() -> None:
 def test_the_end_of_one_does_not_ride_on_the_token_of_another() -> None:
     outbox = Outbox()
     outbox.token(with_output("s", 5))
-    outbox.finish(with_output("t", 6), LENGTH)
+    outbox.finish(with_output("t", 6), LENGTH, counted_as="length")
     assert [message.finish_reason for message in messages(outbox.take())] == [0, LENGTH]
 
 
@@ -52,7 +52,7 @@ def test_another_attempt_is_another_sequence() -> None:
     outbox, second = Outbox(), with_output("s", 5)
     outbox.token(with_output("s", 5))
     second.attempt = 1
-    outbox.finish(second, LENGTH)
+    outbox.finish(second, LENGTH, counted_as="length")
     assert [message.key.attempt for message in messages(outbox.take())] == [0, 1]
 
 

@@ -18,15 +18,13 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from adapter_store.failpoints import failpoint
 from adapter_store.index import KEPT_REMOVALS
-from adapter_store.indexed_registry import IndexedRegistry, unavailable
+from adapter_store.indexed_registry import REBUILD_GAP, IndexedRegistry, unavailable
 from adapter_store.manifest import Manifest, PendingRecord, Record, SequenceUsedError
 from adapter_store.metrics import RedisMetrics
 from adapter_store.redis_link import RedisLink, RedisState, Snapshot
 from adapter_store.registry import Alias, Version, WrongVersionError
 from common.errors import LoraplexError, ResourceExhausted
 
-# More than the changes that can have been given out and lost: a sequence never means two changes.
-REBUILD_GAP = 1_000_000
 _FIRST_BACKOFF_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 1.0
 

@@ -32,6 +32,10 @@ async def put(client: StoreClient, adapter_id: str, seed: int = 0) -> str:
     return (await client.upload(adapter_id, make_files(seed), replace=True)).adapter.adapter_version
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def flip(path: Path, place: int) -> None:
     path.chmod(0o600)
     data = bytearray(path.read_bytes())
@@ -67,8 +71,9 @@ async def fetched_by_a_worker(service: StoreService, tmp_path: Path, version: st
     fetcher.fetch(engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version))
     fetched = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetched
     await fetcher.close()
-    assert fetched.layout.sha256 == hashlib.sha256(Path(fetched.path).read_bytes()).hexdigest()
-    return Path(fetched.path)
+    path = Path(fetched.path)
+    assert fetched.layout.sha256 == sha256_of(path)
+    return path
 
 
 async def test_a_worker_on_the_same_volume_reads_the_file_itself(

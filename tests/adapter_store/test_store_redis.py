@@ -1,6 +1,7 @@
 """Redis killed, paused, flushed, rolled back, full and read-only under a running store: rows B 11 to 14."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -167,6 +168,20 @@ async def test_b13_redis_rolled_back(
     assert await client.get("a") == newer
     with pytest.raises(NotFound):
         await client.get("deleted")
+
+
+async def test_b13_a_roll_back_that_nobody_saw_is_found_by_its_sequence(
+    client: StoreClient, service: StoreService, own_redis: RedisServer, data_dir: Path
+) -> None:
+    adapter = await put(client, "a")
+    # Another store's change, of which Redis has forgotten before this store heard of it.
+    record = {"tenant": client.tenant, "adapter_id": "theirs", "digest": adapter.adapter_version, "at": 1.0}
+    (data_dir / "journal" / f"{adapter.sequence + 1:020d}").write_text(json.dumps(record))
+    with pytest.raises(Unavailable):
+        await client.set_alias("ours", adapter.adapter_version)
+    later = await back(client, "b", 1)
+    assert later.sequence > adapter.sequence + 1
+    assert (await client.get("theirs")).adapter_version == adapter.adapter_version
 
 
 async def test_b13_a_watcher_of_sequences_that_are_no_more_starts_over(

@@ -144,6 +144,10 @@ def make_socket(path: Path) -> None:
         found.bind(os.path.relpath(path))
 
 
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 def make_sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(8 * 1024**3)
@@ -152,7 +156,7 @@ def make_sparse(path: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "chat_template.jinja"])
 @pytest.mark.parametrize(
     "make",
-    [make_link, make_hard_link, os.mkfifo, Path.mkdir, make_socket, make_sparse, lambda path: path.symlink_to("/dev/zero")],
+    [make_link, make_hard_link, os.mkfifo, Path.mkdir, make_socket, make_sparse, make_device],
     ids=["link", "hard-link", "fifo", "folder", "socket", "sparse", "device"],
 )
 def test_c04_only_plain_files_are_imported(

@@ -15,6 +15,9 @@ from common.errors import Unavailable
 
 _Result = TypeVar("_Result")
 
+# More than the changes that can have been given out and lost: a sequence never means two changes.
+REBUILD_GAP = 1_000_000
+
 _log = logging.getLogger(__name__)
 
 
@@ -109,8 +112,13 @@ class IndexedRegistry:
             self._make_again()
         elif on_disk and on_disk[-1] > newest:
             self._catch_up()
+        if on_disk and newest == 0:
+            self._start_sequences_over()
         self._index.add_versions(self._manifest.versions(self._manifest.digests() - self._index.digests()))
         return self._index.state().sequence
+
+    def _start_sequences_over(self) -> None:
+        """The index was lost, and with it what watchers were told last."""
 
     def _catch_up(self) -> None:
         """Takes in what the manifest has and the index does not."""

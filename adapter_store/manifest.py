@@ -96,6 +96,8 @@ class Manifest:
             if not (self._journal / _file_name(record.sequence)).exists():
                 with self.prepare(record.tenant, record.adapter_id, record.digest, record.at) as pending:
                     pending.commit(record.sequence)
+            elif self._record(record.sequence) != record:
+                raise SequenceUsedError(record.sequence)
 
     def sequences(self) -> list[int]:
         """Of all changes, sorted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapter_store.disk import create, disk_errors, write_all
 from adapter_store.weights import Array
-from common.packing import ModuleSpec, PackedLayout, pack, plan
+from common.packing import ModuleSpec, PackedLayout, fill, plan
 from common.wire import layout_to_proto
 from loraplex.v1 import types_pb2
 
@@ -33,7 +33,7 @@ def write_packed(
         for module, (spec, a, b) in zip(layout.modules, weights, strict=True):
             if (spec.layer, spec.module) != (module.layer, module.module):
                 raise ValueError(f"{spec.module} of layer {spec.layer} comes where {module} belongs")
-            _, data = pack(plan([spec], layout.dtype), {(spec.layer, spec.module): (a, b)})
+            data = fill(plan([spec], layout.dtype), {(spec.layer, spec.module): (a, b)})
             digest.update(data.data)
             write_all(file, data.data)
         os.fsync(file.fileno())

@@ -18,15 +18,13 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from adapter_store.failpoints import failpoint
 from adapter_store.index import KEPT_REMOVALS
-from adapter_store.indexed_registry import IndexedRegistry, unavailable
+from adapter_store.indexed_registry import REBUILD_GAP, IndexedRegistry, unavailable
 from adapter_store.manifest import Manifest, PendingRecord, Record, SequenceUsedError
 from adapter_store.metrics import RedisMetrics
 from adapter_store.redis_link import RedisLink, RedisState, Snapshot
 from adapter_store.registry import Alias, Version, WrongVersionError
 from common.errors import LoraplexError, ResourceExhausted
 
-# More than the changes that can have been given out and lost: a sequence never means two changes.
-REBUILD_GAP = 1_000_000
 _FIRST_BACKOFF_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 1.0
 
@@ -49,6 +47,8 @@ class RedisRegistry(IndexedRegistry):
         self._metrics = metrics
         self._epoch = ""
         self._up = False
+        # Redis gave out a sequence that the manifest has: it was rolled back, and nobody saw it.
+        self._contradicted = False
         self._syncing = asyncio.Lock()
         self._looking = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
@@ -147,7 +147,7 @@ class RedisRegistry(IndexedRegistry):
         try:
             await asyncio.to_thread(pending.commit, int(details[0]))
         except SequenceUsedError:
-            # Redis gave out what the manifest has: it was rolled back under our hands.
+            self._contradicted = True
             self._set_up(False)
             raise unavailable() from None
         failpoint("after-journal")
@@ -176,15 +176,24 @@ class RedisRegistry(IndexedRegistry):
         """Brings the index up to Redis, or Redis up to the manifest."""
         async with self._syncing:
             state = await self._link.state()
-            on_disk = await asyncio.to_thread(self._manifest.newest)
-            newest = max(self._newest, on_disk)
-            if not state.epoch or state.number < newest:
-                await self._make_redis_again(state, newest)
-            elif state.epoch != self._epoch:
+            if not self._up or state != self._known():
+                # Another life of Redis may have begun while it was away, or is what we see.
+                await self._compare(state)
+        self._metrics.synced()
+
+    async def _compare(self, state: RedisState) -> None:
+        newest = max(self._newest, await asyncio.to_thread(self._manifest.newest))
+        if not state.epoch or state.number < newest or self._contradicted:
+            await self._make_redis_again(state, newest)
+            return
+        try:
+            if state.epoch != self._epoch:
                 await self._start_over()
             elif state.number > self._newest:
                 await self._pull()
-        self._metrics.synced()
+        except SequenceUsedError:
+            self._contradicted = True
+            raise unavailable() from None
 
     async def _pull(self) -> None:
         while records := await self._link.changes(self._newest):
@@ -237,11 +246,12 @@ class RedisRegistry(IndexedRegistry):
         await self._run(self._catch_up)
         held = await self._run(lambda: list(self._index.rows()))
         versions = await self._run(lambda: self._manifest.versions(self._index.digests()))
-        new = RedisState(secrets.token_hex(8), str(newest + REBUILD_GAP if newest or seen.epoch else 0))
+        newest = max(newest, seen.number)
+        new = RedisState(secrets.token_hex(8), str(newest + REBUILD_GAP if newest else 0))
         if not await self._link.install(seen, new, held, versions):
             raise unavailable()
         await self._run(lambda: self._index.adopt(new.epoch, new.number))
-        self._epoch = new.epoch
+        self._epoch, self._contradicted = new.epoch, False
         self._wake(new.number)
         if held:
             _log.warning("made the keys in Redis again from the manifest", extra={"adapters": len(held)})

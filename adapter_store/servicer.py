@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -121,14 +122,14 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 message = f"offset_bytes is {request.offset_bytes}; the packed string has {total_bytes} bytes"
                 raise InvalidArgument("OFFSET_INVALID", message, field="offset_bytes")
             yield pb.FetchWeightsResponse(layout=reader.layout)
-            for offset in range(request.offset_bytes, total_bytes, FETCH_CHUNK_BYTES):
-                data = await asyncio.to_thread(_read_and_hash, reader, offset)
-                last = offset + len(data) == total_bytes
-                if last and not reader.is_intact():
-                    # Without its end nobody takes it for whole.
-                    raise self._store.found_damaged(request.adapter_version, reader.layout)
-                yield pb.FetchWeightsResponse(chunk=pb.FetchWeightsChunk(offset_bytes=offset, data=data))
-                sent_bytes += len(data)
+            async with aclosing(_read_ahead(reader, request.offset_bytes)) as chunks:
+                async for offset, data in chunks:
+                    last = offset + len(data) == total_bytes
+                    if last and not reader.is_intact():
+                        # Without its end nobody takes it for whole.
+                        raise self._store.found_damaged(request.adapter_version, reader.layout)
+                    yield pb.FetchWeightsResponse(chunk=pb.FetchWeightsChunk(offset_bytes=offset, data=data))
+                    sent_bytes += len(data)
             result = "ok"
         finally:
             reader.close()
@@ -150,6 +151,23 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                 yield pb.WatchAdaptersResponse(caught_up=True)
             through = found.through
             await self._store.registry.wait(through)
+
+
+async def _read_ahead(reader: PackedReader, start: int) -> AsyncGenerator[tuple[int, bytes], None]:
+    """(offset, chunk) to the end; while one is being sent the next is read and hashed."""
+    loop, ahead = asyncio.get_running_loop(), None
+    offsets = range(start, reader.layout.total_bytes, FETCH_CHUNK_BYTES)
+    try:
+        for offset in offsets:
+            data = await (ahead or loop.run_in_executor(None, _read_and_hash, reader, offset))
+            following, ahead = offset + FETCH_CHUNK_BYTES, None
+            if following in offsets:
+                ahead = loop.run_in_executor(None, _read_and_hash, reader, following)
+            yield offset, data
+    finally:
+        if ahead is not None:
+            # The reader must not be closed under its thread.
+            await asyncio.wait([ahead])
 
 
 def _read_and_hash(reader: PackedReader, offset_bytes: int) -> bytes:

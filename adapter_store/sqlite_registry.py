@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from adapter_store.failpoints import failpoint
-from adapter_store.indexed_registry import IndexedRegistry, unavailable
+from adapter_store.indexed_registry import REBUILD_GAP, IndexedRegistry, unavailable
 from adapter_store.manifest import Record, SequenceUsedError
 from adapter_store.registry import Alias, Version, WrongVersionError
 
@@ -44,6 +44,12 @@ class SqliteRegistry(IndexedRegistry):
             # A change went to disk and its transaction failed after that; the caller may try again.
             await self._run(self._catch_up)
             raise unavailable() from None
+
+    def _start_sequences_over(self) -> None:
+        # The volume may be an old copy: watchers may have heard of later sequences than it has.
+        state = self._index.state()
+        with self._index.transaction():
+            self._index.adopt(state.epoch, state.sequence + REBUILD_GAP)
 
     def _point(self, tenant: str, adapter_id: str, digest: str, expected: str | None, now: float) -> Alias:
         with self._index.transaction():

@@ -116,6 +116,14 @@ def pack(
     `weights[layer, module]` = (A `[lora_rank, in_features]`, B `[out_features, lora_rank]`), any element type of the
     layout's width (bits are moved, never converted). Raises ValueError on a shape or a width that differs from it.
     """
+    data = fill(layout, weights)
+    return replace(layout, sha256=hashlib.sha256(data.data).hexdigest()), data
+
+
+def fill(
+    layout: PackedLayout, weights: Mapping[tuple[int, str], tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]
+) -> npt.NDArray[np.uint8]:
+    """The byte string alone, as `pack` writes it."""
     data = np.zeros(layout.total_bytes, dtype=np.uint8)
     for module in layout.modules:
         a, b = weights[module.layer, module.module]
@@ -128,7 +136,7 @@ def pack(
         start = module.start_unit * UNIT_BYTES
         start = _write_rows(data, start, a, row_units(module.in_features, layout.dtype))
         _write_rows(data, start, b.T, row_units(module.out_features, layout.dtype))
-    return replace(layout, sha256=hashlib.sha256(data.tobytes()).hexdigest()), data
+    return data
 
 
 def _write_rows(data: npt.NDArray[np.uint8], start: int, rows: npt.NDArray[np.generic], units: int) -> int:

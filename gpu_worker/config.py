@@ -49,6 +49,9 @@ class WorkerConfig(EngineConfig, ServiceConfig):
     scheduler: str = option(help="HOST:PORT of the scheduler")
     adapter_store: str = option(help="HOST:PORT of the adapter store")
     cache_dir: Path = option(Path(".loraplex/cache"), help="folder for fetched adapters")
+    store_volume: Path | None = option(
+        None, help="the adapter store's data folder, where this worker sees it: adapters are mapped from there"
+    )
     worker_id: str = option("", help="name of this worker; default: a random one")
     advertise_address: str = option("", help="HOST:PORT that gateways dial; default: the address listened on")
     step_log: Path | None = option(None, help="file that gets one JSON line for each step")

@@ -30,7 +30,7 @@ class Face:
         self.worker_id = worker_id
         self._metrics = metrics
         self.streams = GatewayStreams(worker_id, self._gateway_lost)
-        self._fetcher = Fetcher(config.adapter_store, config.cache_dir, metrics, self.send)
+        self._fetcher = Fetcher(config.adapter_store, config.cache_dir, metrics, self.send, config.store_volume)
         self._step_log = StepLog(config.step_log)
         self._tokenizer_files: dict[str, bytes] = {}
         self._engine: EngineProcess | None = None

@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import logging
+import re
+import stat
 import time
 import uuid
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import grpc
 
 from common.channel import connect
 from common.errors import DataLoss, LoraplexError, from_rpc_error, to_proto
+from common.wire import dtype_from_proto
 from gpu_worker.metrics import WorkerMetrics
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, types_pb2
 
@@ -20,6 +23,7 @@ _log = logging.getLogger(__name__)
 # More would only share the same disk and network, and delay whichever is needed first.
 PARALLEL_FETCHES = 4
 FETCH_SECONDS = 60.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Fetcher:
@@ -31,10 +35,13 @@ class Fetcher:
         cache_dir: Path,
         metrics: WorkerMetrics,
         reply: Callable[[engine_pb2.EngineCommand], None],
+        store_volume: Path | None = None,
     ) -> None:
+        """With a `store_volume` adapters are read where they lie; whoever copies them verifies what it copied."""
         self._channel = connect(adapter_store)
         self._store = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
         self._cache_dir = cache_dir
+        self._store_volume = store_volume
         self._metrics = metrics
         self._reply = reply
         self._slots = asyncio.Semaphore(PARALLEL_FETCHES)
@@ -79,6 +86,8 @@ class Fetcher:
             first = await anext(aiter(call), None)
             if first is None or not first.HasField("layout"):
                 raise DataLoss("ADAPTER_CORRUPT", "the adapter store sent no layout")
+            if (path := self._on_volume(needed.adapter_version, first.layout)) is not None:
+                return path, first.layout
             path = self._cache_dir / f"{first.layout.sha256}.packed"
             if await asyncio.to_thread(_has_sha256, path, first.layout.sha256):
                 return path, first.layout
@@ -90,6 +99,17 @@ class Fetcher:
             raise DataLoss("CACHE_WRITE_FAILED", f"the adapter cannot be cached: {error.strerror}") from None
         finally:
             call.cancel()
+
+    def _on_volume(self, adapter_version: str, layout: types_pb2.PackedLayout) -> Path | None:
+        """The packed string inside the store's own folder; None when this process does not see it there."""
+        if self._store_volume is None or not _DIGEST.fullmatch(adapter_version):
+            return None
+        path = self._store_volume / "objects" / adapter_version / f"packed.{dtype_from_proto(layout.dtype)}"
+        try:
+            found = path.lstat()
+        except OSError:
+            return None
+        return path if stat.S_ISREG(found.st_mode) and found.st_size == layout.total_bytes else None
 
     async def _download(
         self,

@@ -50,6 +50,14 @@ def make_adapter(base: Any, folder: Path, *, dtype: torch.dtype = torch.float32,
     )
 
 
+def save_adapter(base: Any, folder: Path, **options: Any) -> dict[str, bytes]:
+    """The files of an adapter of any kind that PEFT makes."""
+    settings = {"init_lora_weights": False, "target_modules": ALL_MODULES} | options
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return read_files(folder)
+
+
 def delta_norm(layer: Any) -> float:
     a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
     return float((layer.scaling["default"] * b @ a).norm())

@@ -32,6 +32,10 @@ async def put(client: StoreClient, adapter_id: str, seed: int = 0) -> str:
     return (await client.upload(adapter_id, make_files(seed), replace=True)).adapter.adapter_version
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def flip(path: Path, place: int) -> None:
     path.chmod(0o600)
     data = bytearray(path.read_bytes())
@@ -57,6 +61,45 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     assert time.monotonic() - started < 1.0
     assert replies.empty()
     await fetcher.close()
+
+
+async def fetched_by_a_worker(service: StoreService, tmp_path: Path, version: str, volume: Path) -> Path:
+    """Where a worker that sees `volume` reads the adapter."""
+    replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
+    metrics = WorkerMetrics(CollectorRegistry())
+    fetcher = Fetcher(service.server.address, tmp_path / "cache", metrics, replies.put_nowait, volume)
+    fetcher.fetch(engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version))
+    fetched = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetched
+    await fetcher.close()
+    path = Path(fetched.path)
+    assert fetched.layout.sha256 == sha256_of(path)
+    return path
+
+
+async def test_a_worker_on_the_same_volume_reads_the_file_itself(
+    client: StoreClient, service: StoreService, data_dir: Path, tmp_path: Path
+) -> None:
+    version = await put(client, "a")
+    path = await fetched_by_a_worker(service, tmp_path, version, data_dir)
+    assert path == data_dir / "objects" / version / "packed.float32"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+async def test_a_worker_that_does_not_see_the_volume_fetches(
+    client: StoreClient, service: StoreService, tmp_path: Path
+) -> None:
+    path = await fetched_by_a_worker(service, tmp_path, await put(client, "a"), tmp_path / "nowhere")
+    assert path.parent == tmp_path / "cache"
+
+
+async def test_b17_a_link_on_the_volume_is_not_followed(
+    client: StoreClient, service: StoreService, data_dir: Path, tmp_path: Path
+) -> None:
+    version = await put(client, "a")
+    volume = tmp_path / "volume"
+    (volume / "objects" / version).mkdir(parents=True)
+    (volume / "objects" / version / "packed.float32").symlink_to(data_dir / "objects" / version / "packed.float32")
+    assert (await fetched_by_a_worker(service, tmp_path, version, volume)).parent == tmp_path / "cache"
 
 
 @pytest.mark.parametrize("place", [0, -1], ids=["first-byte", "last-byte"])

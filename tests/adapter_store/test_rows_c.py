@@ -1,8 +1,10 @@
-"""Security C 2 to 11 at the store. (C 4 and the folder of C 6 belong to `loraplex adapters import`.)"""
+"""Security C 2 to 11 at the store.
 
-import ast
+C 4 and the folder of C 6 belong to `loraplex adapters import`, C 5 is B 17, and that no code of ours can unpickle or
+evaluate what it reads is tests/test_architecture.py.
+"""
+
 import json
-import pickle
 import statistics
 import struct
 import subprocess
@@ -20,7 +22,7 @@ from adapter_store.weights import read_header
 from common.errors import FailedPrecondition, InvalidArgument, LoraplexError, NotFound
 from tests.adapter_store.crafted import make_config, make_files, make_tensors, make_weights, tensor_name, with_header
 from tests.adapter_store.fakes import StoreClient
-from tests.checkout import ROOT, read, tree_files
+from tests.checkout import ROOT
 
 SAMPLES = 1000
 
@@ -115,54 +117,17 @@ async def test_c03_an_id_that_ends_with_a_dot_opens_nothing_of_that_name(
     assert [path for path in opened if not path.startswith(str(data_dir))] == []
 
 
-class Payload:
-    """Pickled, it makes a file when it is loaded."""
-
-    def __init__(self, canary: Path) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self._canary), "w")
+def pickled_call(canary: Path) -> bytes:
+    """A pickle that makes a file when it is loaded."""
+    return f"cbuiltins\nopen\n(S'{canary}'\nS'w'\ntR.".encode()
 
 
 async def test_c06_pickled_weights_are_refused_unread(client: StoreClient, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
-    files = make_files() | {"adapter_model.safetensors": pickle.dumps(Payload(canary))}
+    files = make_files() | {"adapter_model.safetensors": pickled_call(canary)}
     with pytest.raises(InvalidArgument):
         await client.upload("a", files)
     assert not canary.exists()
-
-
-BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "cloudpickle"}
-BANNED_CALLS = {"eval", "exec", "torch.load", "yaml.load", "__import__"}
-SERVICES = ("adapter_store", "common", "gateway", "gpu_worker", "loraplex", "scheduler", "kernels")
-
-
-def banned(source: str) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in BANNED_MODULES]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in BANNED_MODULES:
-            found.append(node.module or "")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BANNED_CALLS:
-            found.append(ast.unparse(node.func))
-    return found
-
-
-@pytest.mark.parametrize("folder", SERVICES)
-def test_c06_no_code_of_ours_can_run_what_it_reads(folder: str) -> None:
-    found = {str(path): banned(read(path)) for path in tree_files(folder) if path.suffix == ".py"}
-    assert {path: names for path, names in found.items() if names} == {}
-
-
-def test_c06_the_ban_finds_what_it_bans() -> None:
-    assert banned("import pickle\nfrom marshal import loads\neval('1')\ntorch.load(x)") == [
-        "pickle",
-        "marshal",
-        "eval",
-        "torch.load",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ async def test_an_index_that_is_no_database_is_made_again(start_store: StartStor
     (data_dir / "adapters.db").write_bytes(b"not a database" * 100)
     async with client_of(await start_store()) as client:
         assert await client.get("a") == adapter
+        # Whoever watched before may have heard of anything.
+        assert (await anext(client.watch(after=adapter.sequence))).resync
 
 
 async def test_an_index_that_cannot_be_opened_is_said(start_store: StartStore, data_dir: Path) -> None:

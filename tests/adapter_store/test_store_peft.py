@@ -9,11 +9,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from common.errors import InvalidArgument
 from common.packing import unpack
 from common.wire import layout_from_proto
 from loraplex.v1 import types_pb2
 from tests.adapter_store.fakes import Fetched, StoreClient
-from tests.adapter_store.peft_adapters import PeftAdapter, make_adapter, make_base, rename_tensors
+from tests.adapter_store.peft_adapters import PeftAdapter, make_adapter, make_base, rename_tensors, save_adapter
 
 ELEMENTS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
@@ -126,3 +127,35 @@ async def test_the_ranks_of_a_pattern_are_told(client: StoreClient, base: Any, t
 async def test_what_peft_leaves_untrained_is_a_warning(client: StoreClient, base: Any, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", r=4, init_lora_weights=True)
     assert "all zero" in (await client.upload("a", adapter.files)).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        pytest.param({"use_dora": True}, "USE_DORA_UNSUPPORTED", id="dora"),
+        pytest.param({"modules_to_save": ["lm_head"]}, "MODULES_TO_SAVE_UNSUPPORTED", id="modules-to-save"),
+        pytest.param({"bias": "lora_only"}, "BIAS_UNSUPPORTED", id="bias-lora-only"),
+        pytest.param({"bias": "all"}, "BIAS_UNSUPPORTED", id="bias-all"),
+        pytest.param({"lora_bias": True}, "LORA_BIAS_UNSUPPORTED", id="lora-bias"),
+        pytest.param({"trainable_token_indices": [1, 2]}, "TRAINABLE_TOKEN_INDICES_UNSUPPORTED", id="added-tokens"),
+        pytest.param({"init_lora_weights": "pissa"}, "INIT_LORA_WEIGHTS_UNSUPPORTED", id="pissa"),
+        pytest.param({"target_modules": ["q_proj", "lm_head"]}, "TARGET_MODULE_UNSUPPORTED", id="lm-head"),
+        pytest.param({"target_modules": ["embed_tokens"]}, "TARGET_MODULE_UNSUPPORTED", id="embedding"),
+    ],
+)
+# PEFT warns of the biases of lora_bias, which are what it asked for.
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+async def test_what_peft_saves_and_we_do_not_compute_is_refused_by_name(
+    client: StoreClient, base: Any, tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    files = save_adapter(base, tmp_path / "adapter", r=3, **options)
+    with pytest.raises(InvalidArgument) as caught:
+        await client.upload("a", files)
+    assert caught.value.reason == reason
+
+
+async def test_one_misspelt_tensor_is_an_error(client: StoreClient, base: Any, tmp_path: Path) -> None:
+    make_adapter(base, tmp_path / "adapter", r=3)
+    files = rename_tensors(tmp_path / "adapter", "layers.1.self_attn.q_proj.lora_A", "layers.1.self_attn.q_prj.lora_A")
+    with pytest.raises(InvalidArgument, match=r"q_prj.* is unknown"):
+        await client.upload("a", files)

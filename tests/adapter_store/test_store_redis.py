@@ -1,9 +1,11 @@
 """Redis killed, paused, flushed, rolled back, full and read-only under a running store: rows B 11 to 14."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from adapter_store.service import StoreService
 from common.channel import connect
-from common.errors import LoraplexError, NotFound, ResourceExhausted, Unavailable
+from common.errors import NotFound, ResourceExhausted, Unavailable
 from loraplex.v1 import adapter_store_pb2 as pb
 from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files
@@ -168,6 +170,20 @@ async def test_b13_redis_rolled_back(
         await client.get("deleted")
 
 
+async def test_b13_a_roll_back_that_nobody_saw_is_found_by_its_sequence(
+    client: StoreClient, service: StoreService, own_redis: RedisServer, data_dir: Path
+) -> None:
+    adapter = await put(client, "a")
+    # Another store's change, of which Redis has forgotten before this store heard of it.
+    record = {"tenant": client.tenant, "adapter_id": "theirs", "digest": adapter.adapter_version, "at": 1.0}
+    (data_dir / "journal" / f"{adapter.sequence + 1:020d}").write_text(json.dumps(record))
+    with pytest.raises(Unavailable):
+        await client.set_alias("ours", adapter.adapter_version)
+    later = await back(client, "b", 1)
+    assert later.sequence > adapter.sequence + 1
+    assert (await client.get("theirs")).adapter_version == adapter.adapter_version
+
+
 async def test_b13_a_watcher_of_sequences_that_are_no_more_starts_over(
     client: StoreClient, own_redis: RedisServer
 ) -> None:
@@ -207,24 +223,20 @@ async def test_b14_redis_read_only(client: StoreClient, own_redis: RedisServer) 
 
 
 async def test_every_acknowledged_upload_outlives_kills_of_redis(client: StoreClient, own_redis: RedisServer) -> None:
+    def kill_and_start() -> None:
+        own_redis.stop()
+        own_redis.start()
+
     acknowledged: dict[str, str] = {}
-
-    async def upload_all() -> None:
-        for seed in range(24):
-            try:
-                acknowledged[f"a{seed}"] = (await put(client, f"a{seed}", seed)).adapter_version
-            except LoraplexError:
-                await asyncio.sleep(0.05)
-
-    async def kill_now_and_then() -> None:
-        for _ in range(4):
-            await asyncio.sleep(0.2)
-            own_redis.stop()
-            own_redis.start()
-
-    await asyncio.gather(upload_all(), kill_now_and_then())
-    assert len(acknowledged) >= 6
-    await back(client, "last", 99)
+    for seed in range(0, 24, 3):
+        # One upload meets the kill wherever it is, the next ones come after it.
+        struck = put(client, f"a{seed}", seed)
+        result, _ = await asyncio.gather(struck, asyncio.to_thread(kill_and_start), return_exceptions=True)
+        if isinstance(result, pb.Adapter):
+            acknowledged[f"a{seed}"] = result.adapter_version
+        for after in (seed + 1, seed + 2):
+            adapter = await eventually(partial(put, client, f"a{after}", after))
+            acknowledged[f"a{after}"] = adapter.adapter_version
     assert {id_: (await client.get(id_)).adapter_version for id_ in acknowledged} == acknowledged
 
 

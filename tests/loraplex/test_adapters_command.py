@@ -1,7 +1,6 @@
 """`loraplex adapters show|rm|alias|import|export`, and what an import takes from a folder that others made."""
 
 import os
-import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +144,10 @@ def make_socket(path: Path) -> None:
         found.bind(os.path.relpath(path))
 
 
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
 def make_sparse(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(8 * 1024**3)
@@ -153,7 +156,7 @@ def make_sparse(path: Path) -> None:
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "chat_template.jinja"])
 @pytest.mark.parametrize(
     "make",
-    [make_link, make_hard_link, os.mkfifo, Path.mkdir, make_socket, make_sparse, lambda path: path.symlink_to("/dev/zero")],
+    [make_link, make_hard_link, os.mkfifo, Path.mkdir, make_socket, make_sparse, make_device],
     ids=["link", "hard-link", "fifo", "folder", "socket", "sparse", "device"],
 )
 def test_c04_only_plain_files_are_imported(
@@ -179,22 +182,12 @@ def test_what_a_trainer_leaves_beside_an_adapter_is_not_sent(address: str, gatew
     assert len(gateway.requests[0]) == 3
 
 
-class Payload:
-    """Pickled, it makes a file when it is loaded."""
-
-    def __init__(self, canary: Path) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return open, (str(self._canary), "w")
-
-
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "ADAPTER_MODEL.PKL"])
 def test_c06_a_folder_with_pickled_weights_is_refused(
     address: str, gateway: FakeGateway, tree: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     canary = tree / "canary"
-    (tree / "alpha" / name).write_bytes(pickle.dumps(Payload(canary)))
+    (tree / "alpha" / name).write_bytes(f"cbuiltins\nopen\n(S'{canary}'\nS'w'\ntR.".encode())
     assert import_tree(tree, address) == 1
     assert uploaded(gateway) == ["team-beta"]
     assert "CODE_IN_FOLDER" in capsys.readouterr().out

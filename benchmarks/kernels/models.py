@@ -72,7 +72,7 @@ def make_decoder(size: Size, max_context_tokens: int = 8192) -> Decoder:
 def make_tables(
     shapes: list[tuple[int, int]], ranks: list[int], num_layers: int, page_bytes: int = 1 << 16
 ) -> AdapterTables:
-    """float32 adapters of one rank each, on all modules of `shapes` ((in, out), numbered from 0), pages in any order."""
+    """float32 adapters of one rank each on the modules of `shapes`, (in, out) from number 0 on; pages in any order."""
 
     def units(features: int) -> int:
         return -(-features * 4 // UNIT_BYTES)

@@ -35,7 +35,7 @@ demo: install stubs ## Start the four services, stream from every demo adapter a
 	$(BIN)/python -m examples.demo
 
 run: install stubs ## Serve the demo model and its adapters until Ctrl-C
-	$(BIN)/loraplex up --model examples/demo_model/base --adapters examples/demo_model/adapters
+	$(BIN)/loraplex up --model examples/demo_model/base --model-name loraplex-demo --adapters examples/demo_model/adapters
 
 demo-model: install ## Train the demo model and its adapters again (up to an hour on two cores)
 	$(BIN)/python examples/demo_model/train.py

@@ -91,7 +91,7 @@ def to_report(report: scheduler_pb2.StepReport) -> Report:
         applied_seq=report.applied_seq,
         progress=tuple(_to_progress(report.progress)),
         residency=tuple(_to_residency(delta.adapter, delta.sequence) for delta in report.residency),
-        draining=report.state == scheduler_pb2.WORKER_STATE_DRAINING,
+        draining=report.state == scheduler_pb2.WORKER_STATE_DRAINING if report.state else None,
     )
 
 

@@ -68,7 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     folders = adapter_folders(arguments.adapters) if arguments.adapters else []
     with sigterm_as_interrupt(), Fleet(_fleet_options(arguments)) as fleet:
         uploads = upload_all(fleet.gateway.address, folders)
-        _print_summary(fleet, uploads)
+        _print_tables(fleet, uploads)
+        if uploads and not any(upload.loaded for upload in uploads):
+            raise FleetError(f"none of the {len(uploads)} adapters was loaded: {uploads[0].why}")
+        _print_ready(fleet, uploads)
         try:
             fleet.wait()
         except KeyboardInterrupt:
@@ -116,7 +119,7 @@ def _uploads(client: Client, folders: Sequence[Path]) -> Iterator[Upload]:
             progress.clear()
 
 
-def _print_summary(fleet: "Fleet", uploads: Sequence[Upload]) -> None:
+def _print_tables(fleet: "Fleet", uploads: Sequence[Upload]) -> None:
     rows = [
         [service.name, service.address, service.metrics_address, service.log] for service in fleet.services.values()
     ]
@@ -124,6 +127,9 @@ def _print_summary(fleet: "Fleet", uploads: Sequence[Upload]) -> None:
     if uploads:
         states = [[upload.adapter_id, "loaded" if upload.loaded else "refused", upload.why] for upload in uploads]
         print(table(["ADAPTER", "STATE", "WHY"], states))
+
+
+def _print_ready(fleet: "Fleet", uploads: Sequence[Upload]) -> None:
     print(f"ready gateway={fleet.gateway.address}")
     loaded = [upload.adapter_id for upload in uploads if upload.loaded]
     adapter = f" --adapter {loaded[0]}" if loaded else ""

@@ -188,7 +188,8 @@ class Report:
     applied_seq: int = 0
     progress: tuple[Progress, ...] = ()
     residency: tuple[Residency, ...] = ()
-    draining: bool = False
+    # Whether it takes nothing new from now on; None when the report does not say.
+    draining: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,29 +46,46 @@ class Placement:
         homes = [worker for worker in able if request.adapter and worker.has(request.adapter)]
         others = [worker for worker in able if worker not in homes]
         if not homes:
-            taker = self._first_that_can_take(others, request)
-            return Choice(taker, _reason(taker, request)) if taker else self._wait(others[0], lane)
+            free = [worker for worker in others if worker.worker_id not in self._reserved]
+            if request.adapter:
+                free = self._fewest_adapters_first(free)
+            taker = self._first_that_can_take(free, request)
+            return Choice(taker, _reason(taker, request)) if taker else self._wait(free or others, lane)
         home = self._first_that_can_take(homes, request)
         # What waits in front of a full home is its work too.
         load = self._load(homes[0]) + (0 if home else lane.tokens)
         relief = self._relief(others, request, load, home)
         if relief:
             return Choice(relief, Reason.SPILL)
-        return Choice(home, _reason(home, request)) if home else self._wait(homes[0], lane)
+        return Choice(home, _reason(home, request)) if home else self._wait(homes, lane)
 
     def _relief(self, others: list[Worker], request: Request, load: int, home: Worker | None) -> Worker | None:
         """Another worker that is clearly better off than the homes, whose least load in tokens is `load`."""
         for other in others:
             idle = not other.requests and home is None
-            limit = self._settings.spill_ratio * self._load(other) + self._settings.spill_margin_tokens
-            if idle or load > limit:
+            if idle or load > self._limit(other):
                 if self._can_take(other, request):
                     return other
                 if home is None:
                     self._reserved.add(other.worker_id)
         return None
 
-    def _wait(self, worker: Worker, lane: Lane) -> Choice:
+    def _fewest_adapters_first(self, workers: list[Worker]) -> list[Worker]:
+        """Spreads cold adapters over workers of about the same load, since requests will follow them.
+
+        `workers` are sorted by load; those clearly above the first stay behind the others.
+        """
+        limit = self._limit(workers[0]) if workers else 0
+        return sorted(workers, key=lambda worker: (self._load(worker) > limit, worker.num_adapters))
+
+    def _limit(self, worker: Worker) -> float:
+        """Tokens above which the load of another is clearly greater than this worker's."""
+        return self._settings.spill_ratio * self._load(worker) + self._settings.spill_margin_tokens
+
+    def _wait(self, workers: list[Worker], lane: Lane) -> Choice:
+        """The lane waits for the first of `workers` that no older request waits for."""
+        free = (worker for worker in workers if worker.worker_id not in self._reserved)
+        worker = next(free, workers[0])
         self._reserved.add(worker.worker_id)
         self._pressure[worker.worker_id] = self._pressure.get(worker.worker_id, 0) + lane.tokens
         return Choice(worker)

@@ -60,26 +60,27 @@ class Scheduler:
         self.requests.connect(gateway_id)
 
     def gateway_lost(self, gateway_id: str, now: float) -> None:
-        """Its queued requests are dropped: it submits them again. Those on workers are aborted if it stays away."""
+        """Requests it was never told to be placed are dropped: it submits them again. The others are aborted if it
+        stays away."""
         gateway = self.requests.gateways[gateway_id]
         gateway.lost_until = now + self.settings.gateway_grace_seconds
         for request in list(gateway.requests.values()):
             request.successor = None
-            if request.state is RequestState.QUEUED:
+            if request.state is RequestState.QUEUED and not request.offer_seq:
                 self._abort(request)
 
     def submit(self, request: Request, now: float) -> None:
         """Queues an attempt, or refuses it at once. An attempt that a worker has already is answered with Placed."""
         request.arrived = now
-        if known := self.requests.get(request.key):
-            self._submit_again(known, request)
-            return
         newest = self.requests.newest(request.key)
         if newest and newest.key.attempt > request.key.attempt:
             return
+        if known := self.requests.get(request.key):
+            self._submit_again(known, request)
+            return
         if newest:
             self._abort(newest)
-        if refusal := self._refusal(request, now):
+        if refusal := self._refusal(request):
             self.requests.answer(request, Refused(request.key, refusal))
             return
         self._accept(request)
@@ -122,9 +123,10 @@ class Scheduler:
         if worker is None:
             return False
         worker.acknowledge(report.scheduler_epoch, report.applied_seq)
-        changed = bool(report.residency) or worker.draining != report.draining
-        worker.draining = report.draining
-        self.fleet.note_readiness(now)
+        changed = bool(report.residency)
+        if report.draining is not None and report.draining != worker.draining:
+            changed, worker.draining = True, report.draining
+            self.fleet.note_readiness(now)
         for progress in report.progress:
             changed |= self._advance(worker, progress)
         if not worker.move_adapters(report.residency):
@@ -205,7 +207,7 @@ class Scheduler:
 
     # Transitions.
 
-    def _refusal(self, request: Request, now: float) -> Refusal | None:
+    def _refusal(self, request: Request) -> Refusal | None:
         """Why the request must not enter the queue; None when it may."""
         limit = self.fleet.identity.max_context_tokens if self.fleet.identity else 0
         if limit and request.context_tokens > limit:

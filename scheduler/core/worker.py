@@ -31,11 +31,16 @@ class Worker:
         # Adapter -> how many requests use it, and its pages.
         self._adapter_users: dict[str, int] = {}
         self._adapter_pages: dict[str, int] = {}
+        self._num_adapter_pages = 0
+        # Adapters in use that it does not have yet; None when they must be counted anew.
+        self._num_fetched: int | None = 0
         self._num_sequences = 0
         # Pages when every sequence reaches its full context.
         self._full_pages = 0
         # (held, coming) of all sequences; None when it must be computed anew.
         self._profile: list[tuple[int, int]] | None = []
+        # Sizes of the last request that did not fit; none of at least these sizes fits until something changes.
+        self._misfit: tuple[int, int, int, int] | None = None
         for residency in hello.resident:
             self.residents[residency.adapter] = residency
 
@@ -56,6 +61,13 @@ class Worker:
     def has(self, adapter: str) -> bool:
         """Nothing, or only a copy from host memory, is needed before it can run the adapter."""
         return adapter in self._adapter_users or self.tier(adapter) is not Tier.STORE
+
+    @property
+    def num_adapters(self) -> int:
+        """Adapters it has, or fetches for its requests."""
+        if self._num_fetched is None:
+            self._num_fetched = sum(adapter not in self.residents for adapter in self._adapter_users)
+        return len(self.residents) + self._num_fetched
 
     def tier(self, adapter: str) -> Tier:
         residency = self.residents.get(adapter)
@@ -87,7 +99,14 @@ class Worker:
         adapters = self._pages_of_adapters_with(request)
         if adapters + self._full_pages + self.full_pages(request) <= self.capacity.num_pages:
             return True
-        return self.peak_pages_with(request) <= self.capacity.num_pages
+        coming = request.coming_tokens(self._settings.output_estimate_ratio)
+        sizes = (adapters, request.num_outputs, request.held_tokens, coming)
+        if self._misfit and all(size >= limit for size, limit in zip(sizes, self._misfit, strict=True)):
+            return False
+        fits = self.peak_pages_with(request) <= self.capacity.num_pages
+        if not fits:
+            self._misfit = sizes
+        return fits
 
     def peak_pages_with(self, request: Request) -> int:
         """Estimated pages at the peak of all its requests and this one."""
@@ -121,6 +140,7 @@ class Worker:
             users = self._adapter_users.get(request.adapter, 0)
             if not users:
                 self._adapter_pages[request.adapter] = self.adapter_pages(request)
+                self._num_adapter_pages += self._adapter_pages[request.adapter]
             self._adapter_users[request.adapter] = users + 1
         self._count(request, 1)
 
@@ -131,7 +151,8 @@ class Worker:
         if request.adapter:
             self._adapter_users[request.adapter] -= 1
             if not self._adapter_users[request.adapter]:
-                del self._adapter_users[request.adapter], self._adapter_pages[request.adapter]
+                del self._adapter_users[request.adapter]
+                self._num_adapter_pages -= self._adapter_pages.pop(request.adapter)
         self._count(request, -1)
 
     def advance(self, request: Request, state: RequestState, computed_tokens: int) -> bool:
@@ -169,6 +190,7 @@ class Worker:
             if last is not None and change.sequence != last + 1:
                 return False
             self._residency_sequence = change.sequence
+            self._num_fetched = None
             if change.tier is Tier.STORE:
                 self.residents.pop(change.adapter, None)
             else:
@@ -180,11 +202,11 @@ class Worker:
         self._num_sequences += sign * request.num_outputs
         self._full_pages += sign * self.full_pages(request)
         self.outstanding_tokens += sign * request.remaining_tokens
-        self._profile = None
+        self._profile = self._misfit = self._num_fetched = None
 
     def _pages_of_adapters_with(self, request: Request) -> int:
         needs_more = request.adapter and request.adapter not in self._adapter_users
-        return sum(self._adapter_pages.values()) + (self.adapter_pages(request) if needs_more else 0)
+        return self._num_adapter_pages + (self.adapter_pages(request) if needs_more else 0)
 
     def _sequences(self, request: Request) -> list[tuple[int, int]]:
         pair = (request.held_tokens, request.coming_tokens(self._settings.output_estimate_ratio))

@@ -12,7 +12,10 @@ from scheduler.core.model import (
     Identity,
     Key,
     Offer,
+    Placed,
     Progress,
+    Refusal,
+    Refused,
     Report,
     Request,
     RequestState,
@@ -52,6 +55,41 @@ def make_scheduler(**settings: Any) -> Scheduler:
     """Starts at time 0 with gateway `g` connected, and places at once."""
     scheduler = Scheduler(Settings(**({"recovery_seconds": 0.0} | settings)), EPOCH, 0.0)
     scheduler.gateway_connected("g")
+    return scheduler
+
+
+def key(request_id: str, attempt: int = 0) -> Key:
+    return Key(request_id, attempt, "default")
+
+
+def answers(scheduler: Scheduler, now: float = 0.0) -> list[Placed | Refused]:
+    return scheduler.schedule(now).answers.get("g", [])
+
+
+def refusal(scheduler: Scheduler, now: float = 0.0) -> Refusal:
+    """The one answer there is, which must be a refusal."""
+    (answer,) = answers(scheduler, now)
+    assert isinstance(answer, Refused)
+    return answer.refusal
+
+
+def commands(scheduler: Scheduler, now: float = 0.0, worker_id: str = "w0") -> list[tuple[int, str, Key]]:
+    """(number, kind, key) of each command for a worker."""
+    return [
+        (command.seq, "offer", command.action.request.key)
+        if isinstance(command.action, Offer)
+        else (command.seq, "abort", command.action.key)
+        for command in scheduler.schedule(now).commands.get(worker_id, [])
+    ]
+
+
+def progress(request_id: str, state: RequestState | Ending, computed: int = 0) -> Report:
+    return Report(progress=(Progress(key(request_id), state, computed_tokens=computed),))
+
+
+def with_worker(num_pages: int = 64, max_sequences: int = 16, **settings: float) -> Scheduler:
+    scheduler = make_scheduler(**settings)
+    scheduler.register(make_hello(num_pages=num_pages, max_sequences=max_sequences), 0.0)
     return scheduler
 
 

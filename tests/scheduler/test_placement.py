@@ -1,0 +1,204 @@
+"""Where requests go when there are several workers."""
+
+import itertools
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scheduler.core.model import Offer, Placed, Request, Residency, Tier
+from scheduler.core.scheduler import Scheduler
+from tests.scheduler.core_fakes import SimulatedWorker, make_hello, make_request, make_scheduler
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def placed(scheduler: Scheduler) -> dict[str, str]:
+    """Request id -> worker of what is placed now."""
+    answers = scheduler.schedule(0.0).answers.get("g", [])
+    return {answer.key.request_id: answer.worker_id for answer in answers if isinstance(answer, Placed)}
+
+
+def submit(scheduler: Scheduler, *requests: Request) -> None:
+    for request in requests:
+        scheduler.submit(request, 0.0)
+
+
+def run(
+    scheduler: Scheduler, workers: list[SimulatedWorker], requests: Iterable[Request], concurrency: int
+) -> Counter[str]:
+    """Keeps `concurrency` requests open until all have finished; returns tokens by worker."""
+    waiting, open_requests, tokens = iter(requests), 0, Counter[str]()
+    by_id = {worker.worker_id: worker for worker in workers}
+    for worker in workers:
+        scheduler.register(worker.hello(), 0.0)
+    for _ in range(100_000):
+        for request in itertools.islice(waiting, concurrency - open_requests):
+            scheduler.submit(request, 0.0)
+            open_requests += 1
+        for worker_id, commands in scheduler.schedule(0.0).commands.items():
+            core_worker = scheduler.fleet.get(worker_id)
+            assert core_worker is not None
+            by_id[worker_id].inbox += [(core_worker.epoch, command) for command in commands]
+            offers = [command.action for command in commands if isinstance(command.action, Offer)]
+            tokens[worker_id] += sum(offer.request.cost_tokens for offer in offers)
+        if not open_requests:
+            return tokens
+        for worker in workers:
+            open_requests -= len(worker.step())
+            scheduler.report(worker.worker_id, worker.report(), 0.0)
+    raise AssertionError(f"{open_requests} requests have not finished")
+
+
+def zipf_adapters(generator: random.Random) -> Iterator[str]:
+    weights = [1 / (rank + 1) for rank in range(8)]
+    while True:
+        yield generator.choices([f"a{index}" for index in range(8)], weights)[0]
+
+
+@pytest.mark.parametrize("popularity", ["even", "zipf", "one"])
+@pytest.mark.parametrize("concurrency", [16, 200], ids="concurrency{}".format)
+def test_two_workers_share_200_requests_of_8_adapters(popularity: str, concurrency: int) -> None:
+    generator = random.Random(1)
+    adapters = {
+        "even": (f"a{index % 8}" for index in itertools.count()),
+        "zipf": zipf_adapters(generator),
+        "one": itertools.repeat("a0"),
+    }[popularity]
+    requests = [
+        make_request(
+            f"r{index}", next(adapters), prompt=generator.randint(4, 20), max_tokens=generator.randint(64, 128)
+        )
+        for index in range(200)
+    ]
+    workers = [SimulatedWorker(name, num_pages=400) for name in ("w0", "w1")]
+    tokens = run(make_scheduler(), workers, requests, concurrency)
+    assert min(tokens.values()) >= 0.3 * sum(tokens.values())
+    assert all(len(worker.loads) == len(set(worker.loads)) for worker in workers)
+
+
+def test_an_adapter_stays_on_at_most_two_of_four_workers() -> None:
+    adapters = (f"a{index % 8}" for index in itertools.count())
+    requests = [make_request(f"r{index}", next(adapters), prompt=10, max_tokens=40) for index in range(200)]
+    workers = [SimulatedWorker(f"w{index}", num_pages=200) for index in range(4)]
+    tokens = run(make_scheduler(), workers, requests, 64)
+    loads = Counter(adapter for worker in workers for adapter in set(worker.loads))
+    assert max(loads.values()) <= 2
+    assert min(tokens[worker.worker_id] for worker in workers) >= 0.15 * tokens.total()
+
+
+def test_a_worker_that_was_given_too_much_preempts_and_everything_finishes() -> None:
+    requests = [make_request(f"r{index}", prompt=4, max_tokens=40) for index in range(20)]
+    worker = SimulatedWorker("w0", num_pages=24)
+    run(make_scheduler(output_estimate_ratio=0.2), [worker], requests, 20)
+    assert worker.preemptions > 0
+
+
+def test_a_worker_that_was_given_what_fits_never_preempts() -> None:
+    requests = [make_request(f"r{index}", prompt=4, max_tokens=40) for index in range(20)]
+    worker = SimulatedWorker("w0", num_pages=24)
+    run(make_scheduler(), [worker], requests, 20)
+    assert worker.preemptions == 0
+
+
+def test_an_adapter_goes_where_it_is_in_pages_or_in_host_memory() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0", resident=(Residency("b", Tier.HOST),)), 0.0)
+    scheduler.register(make_hello("w1", resident=(Residency("a", Tier.PAGES, 2),)), 0.0)
+    submit(
+        scheduler, make_request("r0", "a"), make_request("r1", "a"), make_request("r2", "b"), make_request("r3", "b")
+    )
+    assert placed(scheduler) == {"r0": "w1", "r1": "w1", "r2": "w0", "r3": "w0"}
+
+
+def test_an_adapter_in_use_attracts_its_next_request_before_it_is_resident() -> None:
+    scheduler = make_scheduler()
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id), 0.0)
+    submit(scheduler, *(make_request(f"r{index}", adapter) for index, adapter in enumerate("abab")))
+    assert placed(scheduler) == {"r0": "w0", "r1": "w1", "r2": "w0", "r3": "w1"}
+
+
+def test_idle_workers_take_turns() -> None:
+    scheduler = make_scheduler()
+    workers = [SimulatedWorker("w0"), SimulatedWorker("w1")]
+    tokens = run(scheduler, workers, [make_request(f"r{index}") for index in range(10)], 1)
+    assert tokens == {"w0": 80, "w1": 80}
+
+
+def test_a_request_spills_when_the_difference_is_clear() -> None:
+    scheduler = make_scheduler(spill_ratio=1.0, spill_margin_tokens=30)
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id), 0.0)
+    submit(scheduler, *(make_request(f"r{index}", "a") for index in range(4)))
+    # Loads of w0 before each choice: 0, 16, 32 (above 0 + 30: spill), then 32 to 16.
+    assert placed(scheduler) == {"r0": "w0", "r1": "w0", "r2": "w1", "r3": "w1"}
+
+
+def test_an_idle_worker_relieves_a_full_one() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0", num_pages=8), 0.0)
+    submit(scheduler, make_request("r0", "a"))
+    assert placed(scheduler) == {"r0": "w0"}
+    scheduler.register(make_hello("w1", num_pages=8), 0.0)
+    submit(scheduler, make_request("r1", "a"))
+    assert placed(scheduler) == {"r1": "w1"}
+
+
+def test_the_oldest_request_is_not_overtaken_on_the_worker_it_waits_for() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0", num_pages=8), 0.0)
+    submit(scheduler, make_request("running", max_tokens=16))
+    assert placed(scheduler) == {"running": "w0"}
+    submit(scheduler, make_request("large", "a", max_tokens=16), make_request("small", prompt=1, max_tokens=1))
+    assert placed(scheduler) == {}
+    scheduler.register(make_hello("w1", num_pages=6), 0.0)
+    assert placed(scheduler) == {"small": "w1"}
+
+
+def test_a_draining_worker_gets_nothing() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0"), 0.0)
+    worker = scheduler.fleet.get("w0")
+    assert worker is not None
+    worker.draining = True
+    submit(scheduler, make_request("r"))
+    assert placed(scheduler) == {}
+
+
+def test_the_local_queue_of_a_worker_stays_short() -> None:
+    scheduler = make_scheduler(max_waiting_requests=3)
+    scheduler.register(make_hello("w0", num_pages=1000), 0.0)
+    submit(scheduler, *(make_request(f"r{index}") for index in range(5)))
+    assert list(placed(scheduler)) == ["r0", "r1", "r2"]
+
+
+def test_sequences_are_limited_and_outputs_count() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0", num_pages=1000, max_sequences=4), 0.0)
+    submit(scheduler, make_request("r0", num_outputs=3), make_request("r1", num_outputs=2), make_request("r2"))
+    assert list(placed(scheduler)) == ["r0"]
+
+
+DECISIONS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.scheduler.core_fakes import SimulatedWorker, make_request, make_scheduler
+from tests.scheduler.test_placement import run
+requests = [make_request(f"r{i}", "abcdefg"[i * i % 7], prompt=i % 9 + 1, max_tokens=i % 31 + 1) for i in range(100)]
+workers = [SimulatedWorker(f"w{i}", num_pages=40) for i in range(3)]
+print(sorted(run(make_scheduler(), workers, requests, 40).items()), [w.loads for w in workers])
+"""
+
+
+def test_decisions_do_not_depend_on_the_hash_seed() -> None:
+    command = [sys.executable, "-c", DECISIONS, str(ROOT)]
+    results = {
+        subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(results) == 1

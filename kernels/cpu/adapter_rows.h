@@ -48,10 +48,12 @@ inline void copy_units(const Adapters& adapters, int64_t adapter, int64_t first,
 }
 
 // The same as float32: a pointer into the pool when that is what lies there in one piece, else a copy in `scratch`.
-inline const float* read_units(const Adapters& adapters, int64_t adapter, int64_t first, int64_t count, float* scratch) {
+inline const float* read_units(const Adapters& adapters, int64_t adapter, int64_t first, int64_t count,
+                               float* scratch) {
   const int64_t page_units = adapters.page_bytes / kUnitBytes;
   const bool one_page = first / page_units == (first + count - 1) / page_units;
-  if (adapters.dtype[adapter] == kFloat32 && one_page) return reinterpret_cast<const float*>(adapters.unit(adapter, first));
+  if (adapters.dtype[adapter] == kFloat32 && one_page)
+    return reinterpret_cast<const float*>(adapters.unit(adapter, first));
   copy_units(adapters, adapter, first, count, scratch);
   return scratch;
 }

@@ -67,6 +67,7 @@ def vector_lanes() -> int:
     return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
+@cache
 def kernel(name: str) -> "ctypes._NamedFuncPointer":
     """The function of that operation. Only after `library()` has found it."""
     loaded = library()
@@ -78,7 +79,7 @@ def kernel(name: str) -> "ctypes._NamedFuncPointer":
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Every tensor is contiguous, on the CPU, and of a dtype that the kernels convert."""
-    return all(
-        tensor is None or (tensor.is_cpu and tensor.dtype in DTYPE_CODES and tensor.is_contiguous())
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in DTYPE_CODES and tensor.is_contiguous()):
+            return False
+    return True

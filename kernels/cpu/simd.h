@@ -1,5 +1,5 @@
-// Eight float lanes (AVX2 + FMA + F16C) and the element types of tensors. Compiled with -ffp-contract=off: a product and
-// a sum become one rounding only where fma() says so, hence the same bits from every compiler.
+// Eight float lanes (AVX2 + FMA + F16C) and the element types of tensors. Compiled with -ffp-contract=off: a product
+// and a sum become one rounding only where fma() says so, hence the same bits from every compiler.
 #pragma once
 
 #include <immintrin.h>
@@ -40,7 +40,8 @@ inline void store(float* p, __m256 x) { _mm256_storeu_ps(p, x); }
 inline void store(BFloat16* p, __m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
@@ -99,7 +100,9 @@ inline __m256 sums(const __m256 (&x)[kLanes]) {
 // e^x within 2 units in the last place; 1 at 0, 0 at -inf, inf from 88.8 on, NaN stays NaN.
 inline __m256 exp(__m256 x) {
   x = _mm256_min_ps(_mm256_set1_ps(89.0f), _mm256_max_ps(_mm256_set1_ps(-104.0f), x));
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), nearest);  // log2(e)
+  // ln 2 in two parts: n times the first is exact
   __m256 r = fma(n, _mm256_set1_ps(-0.693359375f), x);
   r = fma(n, _mm256_set1_ps(2.12194440e-4f), r);
   __m256 p = _mm256_set1_ps(1.9875691500e-4f);
@@ -111,7 +114,9 @@ inline __m256 exp(__m256 x) {
   p = _mm256_add_ps(fma(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
   // 2^n in two factors: n reaches from -150, below the smallest subnormal, to 128
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-  const auto power = [](__m256i e) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)); };
+  const auto power = [](__m256i exponent) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
+  };
   return _mm256_mul_ps(_mm256_mul_ps(p, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 

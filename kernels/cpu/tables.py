@@ -13,31 +13,36 @@ class _Adapters(ctypes.Structure):
     )
 
 
-# The last tables and their structure: all calls of a step share one, and to build it costs as much as a call.
-_last: tuple[AdapterTables, _Adapters] | None = None
+# The last tables and their structure, None when they cannot be read so: all calls of a step share one, and to build it
+# costs as much as a call.
+_last: tuple[AdapterTables, _Adapters | None] | None = None
+
+
+def _structure(adapters: AdapterTables) -> _Adapters | None:
+    global _last
+    if _last is None or _last[0] is not adapters:
+        _last = adapters, _build(adapters)
+    return _last[1]
+
+
+def _build(adapters: AdapterTables) -> _Adapters | None:
+    pointers = (adapters.pool, adapters.page_table, adapters.start_unit, adapters.lora_rank, adapters.scaling)
+    tables = (*pointers, adapters.dtype)
+    if not all(table.is_cpu and table.is_contiguous() for table in tables):
+        return None
+    sizes = adapters.pool.shape[1], adapters.page_table.shape[1], adapters.lora_rank.shape[1]
+    return _Adapters(*(table.data_ptr() for table in tables), *sizes)
 
 
 def supports(adapters: AdapterTables, segments: Segments) -> bool:
-    tables = (adapters.pool, adapters.page_table, adapters.start_unit, adapters.lora_rank, adapters.scaling)
-    return adapters.pool.is_cpu and all(
-        table.is_contiguous() for table in (*tables, adapters.dtype, segments.starts, segments.adapter)
-    )
+    if not (segments.starts.is_contiguous() and segments.adapter.is_contiguous()):
+        return False
+    return _structure(adapters) is not None
 
 
 def address(adapters: AdapterTables) -> int:
-    """Of the C structure; it lives until the next call with other tables."""
-    global _last
-    if _last is None or _last[0] is not adapters:
-        structure = _Adapters(
-            adapters.pool.data_ptr(),
-            adapters.page_table.data_ptr(),
-            adapters.start_unit.data_ptr(),
-            adapters.lora_rank.data_ptr(),
-            adapters.scaling.data_ptr(),
-            adapters.dtype.data_ptr(),
-            adapters.pool.shape[1],
-            adapters.page_table.shape[1],
-            adapters.lora_rank.shape[1],
-        )
-        _last = adapters, structure
-    return ctypes.addressof(_last[1])
+    """Of the C structure, after `supports` has said yes; it lives until other tables come."""
+    structure = _structure(adapters)
+    if structure is None:
+        raise ValueError("these tables are not for the compiled kernels")
+    return ctypes.addressof(structure)

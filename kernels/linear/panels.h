@@ -1,6 +1,6 @@
 // y = x W^T + bias with a weight in panels, for vectors of any width. Every output element is one chain of fused
-// multiply-adds over k in rising order from 0, whatever tile it is in: its bits depend on its row of x, its row of W and
-// its bias, on nothing else, the vector's width included.
+// multiply-adds over k in rising order from 0, whatever tile it is in: its bits depend on its row of x, its row of W
+// and its bias, on nothing else, the vector's width included.
 #pragma once
 
 #include <algorithm>

@@ -45,8 +45,8 @@ void tile(const float* shrunk, int64_t shrunk_stride, const float* const* b, int
 }
 
 template <int R, int V, typename T>
-void columns_of_rows(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank, float scaling,
-                     T* out, int64_t out_stride, int64_t columns) {
+void columns_of_rows(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank,
+                     float scaling, T* out, int64_t out_stride, int64_t columns) {
   for (int64_t column = 0; column < columns; column += V * kLanes)
     tile<R, V>(shrunk, shrunk_stride, b, lora_rank, column, scaling, out, out_stride, columns);
 }
@@ -114,9 +114,9 @@ using namespace loraplex;
 
 extern "C" void loraplex_lora_expand(const float* shrunk, const Adapters* adapters, const int32_t* starts,
                                      const int32_t* segment_adapter, int64_t num_segments, int64_t layer,
-                                     const int32_t* modules, int64_t num_modules, const int64_t* first_column, void* out,
-                                     int32_t out_dtype, int64_t out_stride, int64_t num_tokens, int64_t in_features,
-                                     int64_t max_lora_rank, int threads) {
+                                     const int32_t* modules, int64_t num_modules, const int64_t* first_column,
+                                     void* out, int32_t out_dtype, int64_t out_stride, int64_t num_tokens,
+                                     int64_t in_features, int64_t max_lora_rank, int threads) {
   const Expand op{shrunk, out, num_tokens, max_lora_rank, in_features, out_stride, first_column};
   const Segments segments{starts, segment_adapter, num_segments};
   const std::vector<Piece> work = pieces(*adapters, segments, layer, modules, num_modules);

@@ -14,11 +14,9 @@ struct Shrink {
   int64_t num_tokens, in_features, max_lora_rank;
 };
 
-// The first n of eight lanes; the rest of A's last unit may hold anything.
-inline __m256 masked(const float* p, __m256i mask) { return _mm256_maskload_ps(p, mask); }
-
 template <int T, int R>
-void tile(const float* x, int64_t x_stride, const float* const* a, int64_t in_features, float* out, int64_t out_stride) {
+void tile(const float* x, int64_t x_stride, const float* const* a, int64_t in_features, float* out,
+          int64_t out_stride) {
   __m256 sums[T][R] = {};
   const auto step = [&](int64_t i, auto read) {
     __m256 rows[T];
@@ -33,10 +31,10 @@ void tile(const float* x, int64_t x_stride, const float* const* a, int64_t in_fe
   };
   int64_t i = 0;
   for (; i + kLanes <= in_features; i += kLanes) step(i, [](const float* p) { return load(p); });
-  if (i < in_features) {
+  if (i < in_features) {  // the rest of A's last unit may hold anything
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(in_features - i)), lane);
-    step(i, [&](const float* p) { return masked(p, mask); });
+    step(i, [&](const float* p) { return _mm256_maskload_ps(p, mask); });
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)

@@ -7,11 +7,12 @@
 #include <vector>
 
 #include "online.h"
+#include "tile.h"
 
 namespace loraplex {
 namespace {
 
-constexpr int64_t kTile = 64, kChunk = 512;
+constexpr int64_t kChunk = 512;
 constexpr int64_t kTileRows = 32;  // rows of a task: query tokens times heads of the group
 
 struct Attention {
@@ -83,61 +84,50 @@ void read_query(const Attention& op, const Rows& rows, Workspace& work) {
   });
 }
 
-// Points at keys [first, end) of a tile, or at copies as float32; what is behind repeats the last one.
+// Points at key and value of tile position i, or at copies as float32.
+template <typename T>
+void read_slot(const Attention& op, const T* key, int64_t i, Workspace& work) {
+  if (op.is_direct()) {
+    work.key[i] = reinterpret_cast<const float*>(key);
+    work.value[i] = reinterpret_cast<const float*>(key + op.value_offset);
+    return;
+  }
+  float* keys = work.keys.data() + i * op.width();
+  float* values = work.values.data() + i * op.width();
+  widen(key, op.head_dim, keys);
+  widen(key + op.value_offset, op.head_dim, values);
+  work.key[i] = keys;
+  work.value[i] = values;
+}
+
+// Keys [first, end) of a tile, page by page. Around them, what is scored with them in one vector: the nearest again.
 template <typename T>
 void read_tile(const Attention& op, const Rows& rows, int64_t tile, int64_t first, int64_t end, Workspace& work) {
   const int32_t* table = op.page_table + rows.sequence * op.max_pages;
-  for (int64_t i = 0; i < kTile; ++i) {
-    const int64_t position = std::clamp(tile + i, first, end - 1), page = table[position / op.page_size];
-    const T* key = static_cast<const T*>(op.pages) + page * op.page_stride + position % op.page_size * op.slot_stride +
-                   rows.kv_head * op.head_stride;
-    if (op.is_direct()) {
-      work.key[i] = reinterpret_cast<const float*>(key);
-      work.value[i] = reinterpret_cast<const float*>(key + op.value_offset);
-    } else {
-      float* keys = work.keys.data() + i * op.width();
-      float* values = work.values.data() + i * op.width();
-      widen(key, op.head_dim, keys);
-      widen(key + op.value_offset, op.head_dim, values);
-      work.key[i] = keys;
-      work.value[i] = values;
-    }
+  const T* head = static_cast<const T*>(op.pages) + rows.kv_head * op.head_stride;
+  int64_t position = first;
+  while (position < end) {
+    const int64_t index = position / op.page_size, slot = position - index * op.page_size;
+    const int64_t page_end = std::min(end, (index + 1) * op.page_size);
+    const T* key = head + table[index] * op.page_stride + slot * op.slot_stride;
+    for (; position < page_end; ++position, key += op.slot_stride) read_slot(op, key, position - tile, work);
   }
+  std::fill(work.key, work.key + (first - tile), work.key[first - tile]);
+  std::fill(work.key + (end - tile), work.key + kTile, work.key[end - 1 - tile]);
 }
 
-// Eight scores: each is the sum of eight lanes, each a chain over the head's width.
-void score(const float* query, const float* const* keys, int64_t width, float* out) {
-  __m256 sums8[kLanes] = {};
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const __m256 q = load(query + d);
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes; ++i) sums8[i] = fma(q, load(keys[i] + d), sums8[i]);
-  }
-  store(out, sums(sums8));
-}
-
-// mixed += weights by values: each element one chain over the keys in rising order.
-template <int V>
-void mix(const float* weights, const float* const* values, int64_t first, int64_t end, int64_t d, float* mixed) {
-  __m256 sums8[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) sums8[v] = load(mixed + d + v * kLanes);
-  for (int64_t i = first; i < end; ++i) {
-    const __m256 weight = _mm256_broadcast_ss(weights + i);
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sums8[v] = fma(weight, load(values[i] + d + v * kLanes), sums8[v]);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) store(mixed + d + v * kLanes, sums8[v]);
-}
-
-void attend_row(const Attention& op, const float* query, const Workspace& work, int64_t low, int64_t high, float* scores,
-                Part& part) {
-  for (int64_t i = low / kLanes * kLanes; i < high; i += kLanes) score(query, work.key + i, op.width(), scores + i);
-  weigh(scores, low, high, op.scale, part, op.width());
+// R rows of one query token over keys [low, high) of a tile.
+template <int R>
+void attend_rows(const Attention& op, Workspace& work, int64_t row, int64_t low, int64_t high) {
+  const int64_t width = op.width(), step = kLanes / R;
+  const float* query = work.query.data() + row * width;
+  float* scores = work.scores.data() + row * kTile;
+  float* mixed = work.parts[row].mixed;
+  for (int64_t i = low / kLanes * kLanes; i < high; i += step) score<R>(query, work.key + i, width, scores + i);
+  for (int r = 0; r < R; ++r) weigh(scores + r * kTile, low, high, op.scale, work.parts[row + r], width);
   int64_t d = 0;
-  for (; d + 8 * kLanes <= op.width(); d += 8 * kLanes) mix<8>(scores, work.value, low, high, d, part.mixed);
-  for (; d < op.width(); d += kLanes) mix<1>(scores, work.value, low, high, d, part.mixed);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) mix<R, 4>(scores, work.value, low, high, d, width, mixed);
+  for (; d < width; d += kLanes) mix<R, 1>(scores, work.value, low, high, d, width, mixed);
 }
 
 // The part of each row over the keys of one chunk, into work.parts. A row that sees none keeps an empty part.
@@ -150,12 +140,13 @@ void attend_chunk(const Attention& op, const Rows& rows, int64_t chunk, Workspac
     if (op.page_dtype == kFloat32) read_tile<float>(op, rows, tile, tile_first, tile_end, work);
     if (op.page_dtype == kBFloat16) read_tile<BFloat16>(op, rows, tile, tile_first, tile_end, work);
     if (op.page_dtype == kFloat16) read_tile<Float16>(op, rows, tile, tile_first, tile_end, work);
-    for (int64_t row = 0; row < rows.tokens * group; ++row) {
-      const int64_t low = std::max(tile, rows.first_key(op, row / group)) - tile;
-      const int64_t high = std::min(tile + kTile, rows.end_key(row / group)) - tile;
-      if (low < high)
-        attend_row(op, work.query.data() + row * op.width(), work, low, high, work.scores.data() + row * kTile,
-                   work.parts[row]);
+    for (int64_t index = 0; index < rows.tokens; ++index) {
+      const int64_t low = std::max(tile, rows.first_key(op, index)) - tile;
+      const int64_t high = std::min(tile + kTile, rows.end_key(index)) - tile;
+      if (low >= high) continue;
+      int64_t row = index * group;
+      for (; row + 2 <= (index + 1) * group; row += 2) attend_rows<2>(op, work, row, low, high);
+      if (row < (index + 1) * group) attend_rows<1>(op, work, row, low, high);
     }
   }
 }
@@ -213,7 +204,8 @@ void attend_all(const Attention& op, const std::vector<Rows>& tiles, int threads
 #pragma omp parallel num_threads(threads) if (count > 1)
   {
     Workspace work(op);
-#pragma omp for schedule(dynamic)
+    // the heads of a row tile on one thread: they lie side by side, and what is fetched ahead for one is the next one's
+#pragma omp for schedule(dynamic, op.num_kv_heads)
     for (int64_t task = 0; task < count; ++task) attend(op, tiles[task], work);
   }
 }

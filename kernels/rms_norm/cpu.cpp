@@ -1,5 +1,5 @@
-// Residual addition and normalisation of a row in one visit: the row stays in the first-level cache between the sum of
-// squares and the scaling. Four running vectors, whatever the number of rows: the order of the sum follows from `hidden`.
+// Residual addition and normalisation of a row: it stays in the first-level cache between the sum of squares and the
+// scaling. Four running vectors, whatever the number of rows: the order of the sum follows from `hidden`.
 #include <cmath>
 #include <type_traits>
 

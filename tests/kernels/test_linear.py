@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from kernels import dispatch
 from kernels.cpu.library import vector_lanes
@@ -14,6 +15,15 @@ def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     lanes = min(int(request.param), vector_lanes())
     monkeypatch.setattr(cpu, "vector_lanes", lambda: lanes)
     return lanes
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x W^T + bias in float64, and the bound of float32: n products, in whatever order, and the bias round n + 1 times
+    by half a unit of at most the sum of magnitudes."""
+    addend = torch.zeros(1, dtype=torch.float64) if bias is None else bias.double()
+    values = x.double() @ weight.double().T + addend
+    magnitude = x.double().abs() @ weight.double().abs().T + addend.abs()
+    return values, (x.shape[1] + 1) * EPS / 2 * magnitude
 
 
 @pytest.mark.usefixtures("lanes")
@@ -33,14 +43,11 @@ def test_multiplies(
     x = torch.randn(num_tokens, in_features, generator=generator)
     weight = torch.randn(out_features, in_features, generator=generator).to(weight_dtype)
     bias = torch.randn(out_features, generator=generator) if has_bias else None
-    # a chain of n fused products and the bias: at most (n + 1) half units of the sum of magnitudes
-    addend = torch.zeros(1, dtype=torch.float64) if bias is None else bias.double()
-    values = x.double() @ weight.double().T + addend
-    magnitude = x.double().abs() @ weight.double().abs().T + addend.abs()
+    values, bounds = expected(x, weight, bias)
     with dispatch.force("cpu"):
         out = linear(x, pack(weight.clone()), bias)
     assert out.dtype == torch.float32
-    assert ((out - values).abs() <= (in_features + 1) * EPS / 2 * magnitude).all()
+    assert ((out - values).abs() <= bounds).all()
 
 
 def test_bfloat16_rounds_once(generator: torch.Generator) -> None:

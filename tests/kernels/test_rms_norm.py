@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kernels.rms_norm import rms_norm
@@ -9,6 +10,16 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 NORM_EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def expected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised x in float64, and its bound: half the relative error of a float32 sum of `hidden` squares, the
+    root, its inverse and the product (4 more), then two roundings to the dtype; float16 may add one subnormal step in
+    each of them."""
+    wide, eps = x.double(), torch.finfo(x.dtype).eps
+    values = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+    relative = (x.shape[1] / 2 + 4) * torch.finfo(torch.float32).eps + 2 * eps
+    return values, relative * values.abs() + 4 * torch.finfo(x.dtype).smallest_normal * eps
 
 
 @pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "with-residual"])
@@ -24,12 +35,8 @@ def test_normalises_the_sum(
     total = x.double() + addend.double() if has_residual else x.double()
     eps = torch.finfo(dtype).eps
     assert ((residual - total).abs() <= eps / 2 * total.abs()).all()  # rounded once
-    # From the rounded residual: half the relative error of a float32 sum of `hidden` squares, the root, its inverse
-    # and the product (4 more), then two roundings to the dtype; float16 may add one subnormal step in each of them.
-    wide = residual.double()
-    values = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
-    relative = (hidden / 2 + 4) * torch.finfo(torch.float32).eps + 2 * eps
-    assert ((normed - values).abs() <= relative * values.abs() + 4 * torch.finfo(dtype).smallest_normal * eps).all()
+    values, bounds = expected(residual, weight)
+    assert ((normed - values).abs() <= bounds).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,1 @@
+"""Benchmarks: nothing here is imported by what is served."""

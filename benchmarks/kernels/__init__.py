@@ -1,0 +1,1 @@
+"""Every kernel on every backend against its floor: `make bench-kernels`."""

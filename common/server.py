@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import grpc
@@ -108,15 +109,27 @@ def announce(service: str, **addresses: str) -> None:
     print("ready", service, *(f"{name}={address}" for name, address in addresses.items()), flush=True)
 
 
-async def until_signal() -> None:
-    """Returns at the first SIGTERM or SIGINT; a second one ends the process at once."""
+_stop_requested: ContextVar[asyncio.Event | None] = ContextVar("stop_requested", default=None)
+
+
+def _watch_signals() -> asyncio.Event:
+    """The first SIGTERM or SIGINT sets the event; a second one ends the process at once."""
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+
+    def stop() -> None:
+        stopped.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
+        loop.add_signal_handler(number, stop)
+    return stopped
+
+
+async def until_signal() -> None:
+    """Returns once SIGTERM or SIGINT has come, be it before this call: whoever sees us ready may stop us at once."""
+    await (_stop_requested.get() or _watch_signals()).wait()
 
 
 def run_service(name: str, config_class: type[_Config], serve: Callable[[_Config], Coroutine[Any, Any, None]]) -> None:
@@ -127,7 +140,12 @@ def run_service(name: str, config_class: type[_Config], serve: Callable[[_Config
     config = parse(config_class, f"python -m {name}")
     set_up_logs(name, config.log_level)
     try:
-        uvloop.run(serve(config))
+        uvloop.run(_serve(serve, config))
     except (OSError, ValueError) as error:
         _log.error("cannot start: %s", error)
         raise SystemExit(1) from None
+
+
+async def _serve(serve: Callable[[_Config], Coroutine[Any, Any, None]], config: _Config) -> None:
+    _stop_requested.set(_watch_signals())
+    await serve(config)

@@ -33,8 +33,11 @@ class Outbox:
         message.token_ids.extend(sequence.output_token_ids[offset:])
         if logprobs is not None:
             message.logprobs.append(to_position(logprobs))
-        first = offset == sequence.num_delivered
-        if first and sequence.output_index == 0 and sequence.sampling.prompt_logprobs is not None:
+        if offset != sequence.num_delivered or sequence.output_index != 0:
+            return
+        # What is known so far, for a gateway that ends the request by a stop string.
+        message.usage.CopyFrom(to_cost(sequence, time.monotonic()))
+        if sequence.sampling.prompt_logprobs is not None:
             # Nothing is predicted before the first prompt token.
             message.prompt_logprobs.append(types_pb2.PositionLogprobs())
             message.prompt_logprobs.extend(to_position(position) for position in sequence.prompt_logprobs)

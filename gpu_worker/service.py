@@ -26,16 +26,14 @@ async def serve(config: WorkerConfig) -> None:
     face = Face(config, worker_id, WorkerMetrics(server.registry))
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(face), server.grpc)
     memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(face), server.grpc)
-    try:
-        await face.start()
-    except LoraplexError as error:
-        raise ValueError(error.message) from None
+    stop = asyncio.create_task(until_signal())
+    if not await _started(face, stop):
+        return
     services = (worker_pb2.DESCRIPTOR.services_by_name, memory_pb2.DESCRIPTOR.services_by_name)
     await server.start([descriptor for names in services for descriptor in names.values()])
     link = SchedulerLink(config.scheduler, config.advertise_address or server.address, face)
     tasks = [asyncio.create_task(face.run()), asyncio.create_task(link.run())]
     readiness = asyncio.create_task(_follow_readiness(server, face, link))
-    stop = asyncio.create_task(until_signal())
     try:
         await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         await link.drain()
@@ -51,6 +49,23 @@ async def serve(config: WorkerConfig) -> None:
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
+
+
+async def _started(face: Face, stop: asyncio.Task[None]) -> bool:
+    """Starts the engine; False when a signal comes first. Raises ValueError with the engine's sentence."""
+    start = asyncio.create_task(face.start())
+    await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await face.stop()
+        return False
+    try:
+        start.result()
+    except LoraplexError as error:
+        stop.cancel()
+        raise ValueError(error.message) from None
+    return True
 
 
 async def _follow_readiness(server: Server, face: Face, link: SchedulerLink) -> None:

@@ -1,6 +1,7 @@
 """Between the wire and the core's plain values."""
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import grpc
 
@@ -148,7 +149,9 @@ def _from_command(command: Command) -> scheduler_pb2.Command:
         if action.remaining_seconds is not None:
             offer.request.remaining_seconds = action.remaining_seconds
         return scheduler_pb2.Command(seq=command.seq, offer=offer)
-    return scheduler_pb2.Command(seq=command.seq, abort=scheduler_pb2.Abort(key=_from_key(action.key)))
+    # Unknown numbers of a newer gateway pass through: proto3 enums are open.
+    cause = cast("scheduler_pb2.AbortCause.ValueType", action.cause)
+    return scheduler_pb2.Command(seq=command.seq, abort=scheduler_pb2.Abort(key=_from_key(action.key), cause=cause))
 
 
 def _from_key(key: Key) -> types_pb2.RequestKey:

@@ -89,9 +89,9 @@ class Dispatcher:
             self._core.submit(to_request(spec, now), now)
             self._changed.set()
 
-    def abort(self, peer: GatewayPeer, key: types_pb2.RequestKey) -> None:
+    def abort(self, peer: GatewayPeer, abort: scheduler_pb2.Abort) -> None:
         if self._gateways.get(peer.peer_id) is peer:
-            self._core.abort(to_key(key))
+            self._core.abort(to_key(abort.key), abort.cause)
             self._changed.set()
 
     # Events of workers.

@@ -54,7 +54,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
                 case "submit":
                     self._dispatcher.submit(peer, request.submit.request)
                 case "abort":
-                    self._dispatcher.abort(peer, request.abort.key)
+                    self._dispatcher.abort(peer, request.abort)
                 case "hello":
                     raise _second_hello()
 

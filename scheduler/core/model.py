@@ -88,6 +88,8 @@ class Request:
     # Tokens of one sequence whose KV the worker has computed; keeps its maximum through a preemption.
     computed_tokens: int = 0
     aborted: bool = False
+    # The gateway's number for why it was aborted.
+    abort_cause: int = 0
     # A new request under the same key, which waits until this one is off its worker.
     successor: "Request | None" = None
 
@@ -218,9 +220,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Ends an attempt on a worker."""
+    """Ends an attempt on a worker. `cause` is the gateway's number for why; 0 when it gave none."""
 
     key: Key
+    cause: int = 0
 
 
 @dataclass(frozen=True, slots=True)

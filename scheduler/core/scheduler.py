@@ -85,10 +85,11 @@ class Scheduler:
             return
         self._accept(request)
 
-    def abort(self, key: Key) -> None:
-        """Ends an attempt wherever it is. Idempotent; unknown keys are ignored."""
+    def abort(self, key: Key, cause: int = 0) -> None:
+        """Ends an attempt wherever it is. Idempotent; unknown keys are ignored. The worker is told the `cause`."""
         if request := self.requests.get(key):
             request.successor = None
+            request.abort_cause = cause
             self._abort(request)
 
     # Events of workers.
@@ -260,7 +261,7 @@ class Scheduler:
         elif not request.aborted:
             request.aborted = True
             if worker := self.fleet.get(request.worker_id):
-                worker.command(Abort(request.key))
+                worker.command(Abort(request.key, request.abort_cause))
 
     def _refuse(self, request: Request, refusal: Refusal) -> None:
         """For a queued request."""
@@ -309,7 +310,7 @@ class Scheduler:
         request.state, request.computed_tokens = progress.state, max(progress.computed_tokens, request.computed_tokens)
         worker.add(request)
         if request.aborted:
-            worker.command(Abort(request.key))
+            worker.command(Abort(request.key, request.abort_cause))
 
     def _unknown_request(self, progress: Progress, now: float) -> Request:
         """Stands for a sequence that an earlier scheduler placed: its prompt and its limit are not known here."""

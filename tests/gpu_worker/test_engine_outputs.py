@@ -76,11 +76,11 @@ def test_a_small_pool_preempts_outputs_and_changes_no_token(
     assert small.memory.kv_pages == 0
 
 
-def test_usage_comes_once_with_the_last_output_and_counts_all(driver: EngineDriver) -> None:
+def test_usage_comes_with_the_first_token_and_with_the_last_output_and_counts_all(driver: EngineDriver) -> None:
     offer_outputs(driver, 3)
     driver.run()
     usages = [message.usage for message in driver.messages if message.HasField("usage")]
-    assert [(usage.prompt_tokens, usage.completion_tokens) for usage in usages] == [(len(PROMPT), 24)]
+    assert [(usage.prompt_tokens, usage.completion_tokens) for usage in usages] == [(len(PROMPT), 1), (len(PROMPT), 24)]
 
 
 def test_the_scheduler_hears_of_one_request(driver: EngineDriver) -> None:

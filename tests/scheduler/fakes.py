@@ -87,8 +87,12 @@ class FakeGateway(Stream[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
     async def submit(self, spec: types_pb2.RequestSpec) -> None:
         await self.send(scheduler_pb2.ConnectRequest(submit=scheduler_pb2.Submit(request=spec)))
 
-    async def abort(self, key: types_pb2.RequestKey) -> None:
-        await self.send(scheduler_pb2.ConnectRequest(abort=scheduler_pb2.Abort(key=key)))
+    async def abort(
+        self,
+        key: types_pb2.RequestKey,
+        cause: "scheduler_pb2.AbortCause.ValueType" = scheduler_pb2.ABORT_CAUSE_CANCELLED,
+    ) -> None:
+        await self.send(scheduler_pb2.ConnectRequest(abort=scheduler_pb2.Abort(key=key, cause=cause)))
 
     async def worker_list(self) -> None:
         """Waits for the next list of workers."""

@@ -105,10 +105,11 @@ async def test_an_abort_reaches_the_worker_once(cell: Cell) -> None:
     worker, gateway = await cell.worker(), await cell.gateway()
     await gateway.submit(make_spec("r"))
     await worker.offer()
-    await gateway.abort(make_key("r"))
+    await gateway.abort(make_key("r"), scheduler_pb2.ABORT_CAUSE_DEADLINE)
     await gateway.abort(make_key("r"))
     await gateway.abort(make_key("unknown"))
-    assert (await worker.command()).abort.key == make_key("r")
+    command = await worker.command()
+    assert (command.abort.key, command.abort.cause) == (make_key("r"), scheduler_pb2.ABORT_CAUSE_DEADLINE)
     await gateway.submit(make_spec("s"))
     assert (await worker.offer()).request.key == make_key("s")
 

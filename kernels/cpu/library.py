@@ -77,6 +77,11 @@ def kernel(name: str) -> "ctypes._NamedFuncPointer":
     return function
 
 
+def has_dtype(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Every tensor is contiguous, on the CPU, and of exactly this dtype: its bytes are read as they are."""
+    return all(tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Every tensor is contiguous, on the CPU, and of a dtype that the kernels convert."""
     for tensor in tensors:

@@ -3,7 +3,10 @@
 import ctypes
 from ctypes import c_int64, c_void_p
 
+import torch
+
 from kernels.adapters import AdapterTables, Segments
+from kernels.cpu.library import has_dtype
 
 
 class _Adapters(ctypes.Structure):
@@ -26,18 +29,21 @@ def _structure(adapters: AdapterTables) -> _Adapters | None:
 
 
 def _build(adapters: AdapterTables) -> _Adapters | None:
-    pointers = (adapters.pool, adapters.page_table, adapters.start_unit, adapters.lora_rank, adapters.scaling)
-    tables = (*pointers, adapters.dtype)
-    if not all(table.is_cpu and table.is_contiguous() for table in tables):
+    indices = adapters.page_table, adapters.start_unit, adapters.lora_rank
+    is_readable = (
+        has_dtype(torch.uint8, adapters.pool)
+        and has_dtype(torch.int32, *indices, adapters.dtype)
+        and has_dtype(torch.float32, adapters.scaling)
+    )
+    if not is_readable:
         return None
+    tables = (adapters.pool, *indices, adapters.scaling, adapters.dtype)
     sizes = adapters.pool.shape[1], adapters.page_table.shape[1], adapters.lora_rank.shape[1]
     return _Adapters(*(table.data_ptr() for table in tables), *sizes)
 
 
 def supports(adapters: AdapterTables, segments: Segments) -> bool:
-    if not (segments.starts.is_contiguous() and segments.adapter.is_contiguous()):
-        return False
-    return _structure(adapters) is not None
+    return has_dtype(torch.int32, segments.starts, segments.adapter) and _structure(adapters) is not None
 
 
 def address(adapters: AdapterTables) -> int:

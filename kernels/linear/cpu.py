@@ -10,7 +10,8 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def supports(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> bool:
-    return x.dim() == 2 and weight.dtype in WEIGHT_DTYPES and is_plain(x, weight.panels, bias)
+    fits = x.dim() == 2 and x.shape[1] == weight.panels.shape[1]
+    return fits and weight.dtype in WEIGHT_DTYPES and is_plain(x, weight.panels, bias)
 
 
 def linear_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
 
 def supports(shrunk: Tensor, adapters: AdapterTables, segments: Segments, out: Tensor) -> bool:
     is_out = out.is_cpu and out.dtype in DTYPE_CODES and out.stride(1) == 1
-    return is_out and is_plain(shrunk) and tables.supports(adapters, segments)
+    is_shrunk = is_plain(shrunk) and shrunk.dtype == torch.float32
+    return is_out and is_shrunk and tables.supports(adapters, segments)
 
 
 def lora_expand_cpu(

@@ -27,7 +27,7 @@ def paged_attention(
     sliding_window: a token sees itself and the sliding_window - 1 before it; 0 = all before it.
     Returns `[num_tokens, num_heads, head_dim]` in the query's dtype, rounded once from float32.
     """
-    if dispatch.use_cpu("paged_attention", cpu.supports(query, kv_pages, page_table)):
+    if dispatch.use_cpu("paged_attention", cpu.supports(query, kv_pages, page_table, query_start, context_lens)):
         return cpu.paged_attention_cpu(
             query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window
         )

@@ -6,7 +6,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
+from kernels.cpu.library import DTYPE_CODES, has_dtype, is_plain, kernel
 
 
 class _Attention(ctypes.Structure):
@@ -21,8 +21,9 @@ class _Attention(ctypes.Structure):
     )
 
 
-def supports(query: Tensor, kv_pages: Tensor, page_table: Tensor) -> bool:
-    return is_plain(query) and kv_pages.dtype in DTYPE_CODES and kv_pages.stride(5) == 1 and page_table.is_contiguous()
+def supports(query: Tensor, kv_pages: Tensor, page_table: Tensor, query_start: Tensor, context_lens: Tensor) -> bool:
+    is_readable = kv_pages.is_cpu and kv_pages.dtype in DTYPE_CODES and kv_pages.stride(5) == 1
+    return is_readable and is_plain(query) and has_dtype(torch.int32, page_table, query_start, context_lens)
 
 
 def paged_attention_cpu(

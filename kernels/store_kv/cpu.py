@@ -6,7 +6,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, kernel
+from kernels.cpu.library import DTYPE_CODES, has_dtype, kernel
 
 
 class _Heads(ctypes.Structure):
@@ -24,14 +24,24 @@ class _StoreKv(ctypes.Structure):
     )
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, cos_sin: Tensor, kv_pages: Tensor) -> bool:
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    kv_pages: Tensor,
+    slot_mapping: Tensor,
+) -> bool:
     heads = (query, key, value)
     return (
         all(tensor.is_cpu and tensor.stride(2) == 1 and tensor.dtype == query.dtype for tensor in heads)
         and query.dtype in DTYPE_CODES
         and kv_pages.dtype in DTYPE_CODES
+        and kv_pages.is_cpu
         and kv_pages.stride(5) == 1
-        and cos_sin.is_contiguous()
+        and has_dtype(torch.float32, cos_sin)
+        and has_dtype(torch.int64, positions, slot_mapping)
     )
 
 
@@ -47,7 +57,6 @@ def store_kv_cpu(
 ) -> Tensor:
     rotated = torch.empty(query.shape, dtype=query.dtype)
     page_stride, layer_stride, *strides = kv_pages.stride()[:5]
-    positions, slot_mapping = positions.contiguous(), slot_mapping.contiguous()
     op = _StoreKv(
         _heads(query),
         _heads(key),

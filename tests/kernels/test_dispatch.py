@@ -13,6 +13,7 @@ import torch
 from kernels import build, dispatch
 from kernels.cpu import library
 from kernels.linear import linear, pack
+from kernels.paged_attention import cpu as paged_attention_cpu
 from kernels.silu_and_mul import silu_and_mul
 from kernels.silu_and_mul.reference import silu_and_mul_reference
 from tests.checkout import ROOT
@@ -142,3 +143,16 @@ def test_without_a_compiler_the_build_says_so(
     monkeypatch.setattr(build, "which", lambda name: None)
     build.main()
     assert "no C++ compiler" in capsys.readouterr().err
+
+
+def test_indices_of_another_width_are_never_read_as_if_they_were_right() -> None:
+    query, pages = torch.randn(1, 2, 8), torch.randn(1, 1, 2, 4, 2, 8)
+    table, starts, contexts = torch.zeros(1, 1), torch.tensor([0, 1]), torch.tensor([3])
+    for dtype, supported in ((torch.int32, True), (torch.int64, False)):
+        indices = [tensor.to(dtype) for tensor in (table, starts, contexts)]
+        assert paged_attention_cpu.supports(query, pages, *indices) is supported
+
+
+def test_a_row_that_does_not_fit_the_weight_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.ones(2, 9), pack(torch.ones(16, 8)))

@@ -81,8 +81,12 @@ class RedisRegistry(IndexedRegistry):
             version = await super().held(tenant, digest)
         return version
 
+    def check_writable(self) -> None:
+        if not self._up:
+            raise unavailable()
+
     async def add_version(self, version: Version) -> None:
-        self._check_up()
+        self.check_writable()
         await self._run(lambda: self._index.add_versions([version]))
         with self._redis_errors():
             await self._link.add_version(version)
@@ -118,7 +122,7 @@ class RedisRegistry(IndexedRegistry):
 
     async def _change(self, record: Record, expected: str | None) -> str:
         """Returns what the id pointed to before. Raises as `point` does."""
-        self._check_up()
+        self.check_writable()
         pending = await asyncio.to_thread(
             self._manifest.prepare, record.tenant, record.adapter_id, record.digest, record.at
         )
@@ -264,10 +268,6 @@ class RedisRegistry(IndexedRegistry):
                 with suppress(LoraplexError):
                     await self.refresh()
         return self._newest > before
-
-    def _check_up(self) -> None:
-        if not self._up:
-            raise unavailable()
 
     def _set_up(self, up: bool) -> None:
         if up != self._up:

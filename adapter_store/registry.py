@@ -90,6 +90,9 @@ class WrongVersionError(Exception):
 class Registry(Protocol):
     """Every change takes the next sequence number. Raises Unavailable when the metadata cannot be reached."""
 
+    def check_writable(self) -> None:
+        """Raises Unavailable when a change would be refused now; for who has much to do before it asks for one."""
+
     async def add_version(self, version: Version) -> None:
         """Makes a version known and nobody's. Adding it again is a no-op."""
 

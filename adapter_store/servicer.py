@@ -47,6 +47,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
 
     async def _upload(self, requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.UploadAdapterResponse:
         target = await read_target(requests)
+        self._store.registry.check_writable()
         staged = self._store.stage()
         try:
             await receive(requests, staged)

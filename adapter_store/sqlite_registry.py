@@ -14,6 +14,9 @@ _Result = TypeVar("_Result")
 class SqliteRegistry(IndexedRegistry):
     """Implements `Registry`. Every call is one transaction."""
 
+    def check_writable(self) -> None:
+        """Nobody else is needed."""
+
     async def add_version(self, version: Version) -> None:
         await self._run(lambda: self._index.add_versions([version]))
 

@@ -6,7 +6,8 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from adapter_store.packed_reader import PackedReader
 from adapter_store.service import StoreService
 from common.channel import connect
 from common.errors import DataLoss, LoraplexError, ResourceExhausted
+from common.wire import layout_from_proto
 from gpu_worker.fetcher import Fetcher
+from gpu_worker.loader import HostAdapter, LoadDone, Loader
+from gpu_worker.memory.geometry import PageGeometry
+from gpu_worker.memory.pool import PagePool
 from gpu_worker.metrics import WorkerMetrics
 from loraplex.v1 import engine_pb2
 from tests.adapter_store.conftest import StartStore
@@ -135,53 +140,81 @@ async def test_b16_another_upload_of_the_bytes_mends_them(client: StoreClient, d
     assert fetched.layout.sha256 == hashlib.sha256(fetched.data.tobytes()).hexdigest()
 
 
+@contextmanager
+def swapping(file: Path, true_bytes: bytes, folder: Path) -> Iterator[None]:
+    """Other bytes, then a link to them, then the true ones; each put there by a rename, over and over."""
+    stop, other_bytes = threading.Event(), bytes(len(true_bytes))
+
+    def swap() -> None:
+        (folder / "other").write_bytes(other_bytes)
+        while not stop.is_set():
+            (folder / "bad").write_bytes(other_bytes)
+            (folder / "bad").rename(file)
+            (folder / "link").symlink_to(folder / "other")
+            (folder / "link").rename(file)
+            (folder / "good").write_bytes(true_bytes)
+            (folder / "good").rename(file)
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        swapper.join()
+
+
 async def test_b17_a_file_swapped_under_a_reader_is_whole_or_refused(
     client: StoreClient, service: StoreService, data_dir: Path, tmp_path: Path
 ) -> None:
     version = await put(client, "a")
-    folder = data_dir / "objects" / version
-    alias = await service.store.registry.held(TENANT, version)
-    assert alias is not None
+    folder, held = data_dir / "objects" / version, await service.store.registry.held(TENANT, version)
+    assert held is not None
     true_bytes = (folder / "packed.float32").read_bytes()
-    stop = threading.Event()
-
-    def swap() -> None:
-        """Other bytes, then a link to them, then the true ones; each put there by a rename."""
-        (tmp_path / "other").write_bytes(bytes(len(true_bytes)))
-        while not stop.is_set():
-            (tmp_path / "bad").write_bytes(bytes(len(true_bytes)))
-            (tmp_path / "bad").rename(folder / "packed.float32")
-            (tmp_path / "link").symlink_to(tmp_path / "other")
-            (tmp_path / "link").rename(folder / "packed.float32")
-            (tmp_path / "good").write_bytes(true_bytes)
-            (tmp_path / "good").rename(folder / "packed.float32")
-
-    def read_many() -> tuple[int, int]:
-        good = refused = 0
+    good = 0
+    with swapping(folder / "packed.float32", true_bytes, tmp_path):
         for _ in range(SWAPS):
             try:
-                reader = PackedReader.open(folder, alias, "float32")
+                reader = PackedReader.open(folder, held, "float32")
             except DataLoss:
-                refused += 1
                 continue
             data = reader.read(0, len(true_bytes))
             reader.hash(0, data)
             if reader.is_intact():
                 assert data == true_bytes
                 good += 1
-            else:
-                refused += 1
             reader.close()
-        return good, refused
+    assert 0 < good < SWAPS
 
-    swapper = threading.Thread(target=swap)
-    swapper.start()
-    try:
-        good, refused = await asyncio.to_thread(read_many)
-    finally:
-        stop.set()
-        swapper.join()
-    assert min(good, refused) > 0
+
+async def test_b17_a_file_swapped_under_a_worker_is_whole_or_refused(
+    client: StoreClient, data_dir: Path, tmp_path: Path
+) -> None:
+    version = await put(client, "a")
+    file = data_dir / "objects" / version / "packed.float32"
+    layout, true_bytes = layout_from_proto((await client.fetch(version)).layout), file.read_bytes()
+    geometry = PageGeometry(num_layers=1, num_kv_heads=1, head_dim=32, element_bytes=4, page_size=4)
+    pages = list(range(geometry.pages_for_bytes(len(true_bytes))))
+    pool, done = PagePool(geometry, len(pages), "cpu"), threading.Event()
+    wrong: list[bool] = []
+
+    def next_load(load: LoadDone) -> None:
+        # The pages are ours until the next load is asked for.
+        wrong.append(not load.failure and pool.bytes.numpy().tobytes()[: len(true_bytes)] != true_bytes)
+        failures.append(load.failure)
+        if len(wrong) == SWAPS:
+            done.set()
+        else:
+            loader.load(version, HostAdapter(file, layout), pages)
+
+    failures: list[str] = []
+    loader = Loader(pool, next_load)
+    with swapping(file, true_bytes, tmp_path):
+        loader.load(version, HostAdapter(file, layout), pages)
+        await asyncio.to_thread(done.wait)
+    loader.stop()
+    assert not any(wrong)
+    assert 0 < sum(map(bool, failures)) < SWAPS
 
 
 @pytest.fixture

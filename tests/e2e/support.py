@@ -16,7 +16,7 @@ from loraplex.metrics import fetch_metrics
 from loraplex.v1 import memory_pb2, memory_pb2_grpc
 from tests.e2e.tiny_model import NUM_TOKENS
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 100.0
 
 
 @contextmanager

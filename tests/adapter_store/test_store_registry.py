@@ -17,7 +17,7 @@ from adapter_store.redis_registry import RedisRegistry
 from adapter_store.registry import ABSENT, Alias, ModuleEffect, Registry, Totals, Version, WrongVersionError
 from adapter_store.sqlite_registry import SqliteRegistry
 from common.errors import Unavailable
-from tests.adapter_store.redis_server import RedisServer
+from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 
 EFFECT = ModuleEffect("q_proj", 2, 3, 4, 5, 6.5)
 FIRST, SECOND = (Version(digit * 64, "base", "float32", 128, 1000, 4, (EFFECT,), "template") for digit in ("1", "2"))
@@ -44,7 +44,7 @@ async def open_registry(
             manifest.start()
             registry: Registry | RedisRegistry = SqliteRegistry(index, manifest, kept_removals=2)
             if request.param == "redis":
-                link = RedisLink(RedisAddress(redis_server.url, prefix))
+                link = RedisLink(RedisAddress(redis_server.url, prefix, timeout_seconds=PATIENT_SECONDS))
                 metrics = RedisMetrics(CollectorRegistry())
                 registry = RedisRegistry(link, index, manifest, metrics, kept_removals=2)
             await registry.open()

@@ -124,9 +124,13 @@ async def test_a_sweep_waits_for_a_publisher(
 async def test_a_store_without_redis_shares_with_nobody(
     start_store: StartStore, redis_server: RedisServer, redis_prefix: str, shared_first: bool
 ) -> None:
-    shared = {"redis": redis_server.url, "redis_prefix": redis_prefix, "redis_timeout_seconds": PATIENT_SECONDS}
-    first: dict[str, str | float] = shared if shared_first else {}
-    second: dict[str, str | float] = {} if shared_first else shared
+    shared: dict[str, str | float] = {
+        "redis": redis_server.url,
+        "redis_prefix": redis_prefix,
+        "redis_timeout_seconds": PATIENT_SECONDS,
+    }
+    alone: dict[str, str | float] = {}
+    first, second = (shared, alone) if shared_first else (alone, shared)
     await start_store(**first)
     with pytest.raises(OSError, match="another adapter store uses"):
         await start_store(**second)

@@ -24,6 +24,7 @@ class StoreConfig(ServiceConfig):
         "", help="redis://HOST:PORT/DB, rediss:// or unix://; several stores may share a volume then; empty: SQLite"
     )
     redis_prefix: str = option("loraplex", help="what the names of all keys begin with")
+    redis_timeout_seconds: float = option(0.2, help="what a caller waits for Redis at most, for one answer")
     redis_username: str = option("", help="ACL user; empty: the default user")
     redis_password_file: Path | None = option(None, help="file that holds the password of that user")
     redis_tls_ca: Path | None = option(None, help="PEM file of the authority that signed the server's certificate")
@@ -39,5 +40,7 @@ class StoreConfig(ServiceConfig):
         for name in ("disk_reserve_bytes", "tenant_max_adapters", "tenant_max_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if not self.redis_timeout_seconds > 0:
+            raise ValueError(f"redis_timeout_seconds is {self.redis_timeout_seconds}; it must be positive")
         if "@" in self.redis:
             raise ValueError("redis holds credentials; give them in redis_username and redis_password_file")

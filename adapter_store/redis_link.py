@@ -36,6 +36,7 @@ class RedisAddress:
 
     url: str
     prefix: str = "loraplex"
+    timeout_seconds: float = TIMEOUT_SECONDS
     username: str = ""
     password_file: Path | None = None
     tls_ca: Path | None = None
@@ -75,13 +76,13 @@ class Snapshot:
 
 
 class RedisLink:
-    """Every method raises redis.exceptions.RedisError or OSError, at the latest after TIMEOUT_SECONDS."""
+    """Every method raises redis.exceptions.RedisError or OSError, at the latest after the address's timeout."""
 
     def __init__(self, address: RedisAddress) -> None:
         """Raises OSError when the password's file cannot be read, ValueError when the address is not one."""
         self.keys = Keys(address.prefix)
-        self._client = _client(address, TIMEOUT_SECONDS)
-        self._follower = _client(address, FOLLOW_SECONDS + TIMEOUT_SECONDS)
+        self._client = _client(address, address.timeout_seconds)
+        self._follower = _client(address, FOLLOW_SECONDS + address.timeout_seconds)
         self._change = self._client.register_script(redis_scripts.CHANGE)
         self._release = self._client.register_script(redis_scripts.RELEASE)
         self._forget = self._client.register_script(redis_scripts.FORGET)
@@ -193,7 +194,7 @@ def _client(address: RedisAddress, timeout_seconds: float) -> Any:
         **address.options(),
         retry=Retry(NoBackoff(), 0),
         socket_timeout=timeout_seconds,
-        socket_connect_timeout=TIMEOUT_SECONDS,
+        socket_connect_timeout=address.timeout_seconds,
     )
 
 

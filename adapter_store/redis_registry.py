@@ -51,6 +51,8 @@ class RedisRegistry(IndexedRegistry):
         self._contradicted = False
         self._syncing = asyncio.Lock()
         self._looking = asyncio.Lock()
+        # One call at a time, so that the time allowed for it is spent on Redis and not on a crowd of connections.
+        self._changing = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -88,8 +90,10 @@ class RedisRegistry(IndexedRegistry):
     async def add_version(self, version: Version) -> None:
         self.check_writable()
         await self._run(lambda: self._index.add_versions([version]))
-        with self._redis_errors():
-            await self._link.add_version(version)
+        async with self._changing:
+            self.check_writable()
+            with self._redis_errors():
+                await self._link.add_version(version)
 
     async def point(self, tenant: str, adapter_id: str, digest: str, *, expected: str | None, now: float) -> Alias:
         await self._change(Record(0, tenant, adapter_id, digest, now), expected)
@@ -135,11 +139,14 @@ class RedisRegistry(IndexedRegistry):
 
     async def _decide(self, record: Record, expected: str | None, pending: PendingRecord) -> str:
         """Redis gives the sequence, and the manifest has the change before anybody is told of it."""
-        with self._redis_errors():
-            answer = await self._link.change(self._known(), record, expected)
-            if answer[0] == "stale":
-                await self._sync()
+        async with self._changing:
+            # Those who waited behind one that failed need not try.
+            self.check_writable()
+            with self._redis_errors():
                 answer = await self._link.change(self._known(), record, expected)
+                if answer[0] == "stale":
+                    await self._sync()
+                    answer = await self._link.change(self._known(), record, expected)
         verdict, *details = answer
         if verdict == "wrong":
             raise WrongVersionError(details[0] or None)

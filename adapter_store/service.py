@@ -89,6 +89,7 @@ def _address(config: StoreConfig) -> RedisAddress:
     return RedisAddress(
         config.redis,
         prefix=config.redis_prefix,
+        timeout_seconds=config.redis_timeout_seconds,
         username=config.redis_username,
         password_file=config.redis_password_file,
         tls_ca=config.redis_tls_ca,

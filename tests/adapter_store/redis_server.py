@@ -11,6 +11,8 @@ import redis
 
 # A server answers within milliseconds; this is for a machine that is busy with something else.
 START_SECONDS = 20.0
+# A timeout of Redis for tests of something else, on a machine that is busy.
+PATIENT_SECONDS = 3.0
 
 
 def free_port() -> int:

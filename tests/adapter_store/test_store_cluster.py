@@ -14,14 +14,14 @@ from tests.adapter_store.conftest import GRACE_SECONDS, StartStore
 from tests.adapter_store.crafted import make_files
 from tests.adapter_store.fakes import FakeClock, StoreClient
 from tests.adapter_store.polling import eventually
-from tests.adapter_store.redis_server import RedisServer
+from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 
 Pair = tuple[StoreService, StoreService]
 
 
 @pytest.fixture
 async def services(start_store: StartStore, redis_server: RedisServer, redis_prefix: str) -> Pair:
-    options = {"redis": redis_server.url, "redis_prefix": redis_prefix}
+    options = {"redis": redis_server.url, "redis_prefix": redis_prefix, "redis_timeout_seconds": PATIENT_SECONDS}
     return await start_store(**options), await start_store(**options)
 
 
@@ -89,7 +89,7 @@ async def test_a_store_leaves_alone_what_the_other_receives(
     clients: Clients, services: Pair, start_store: StartStore, redis_server: RedisServer, redis_prefix: str
 ) -> None:
     staged = services[0].store.stage()
-    await start_store(redis=redis_server.url, redis_prefix=redis_prefix)
+    await start_store(redis=redis_server.url, redis_prefix=redis_prefix, redis_timeout_seconds=PATIENT_SECONDS)
     assert staged.directory.exists()
 
 
@@ -124,9 +124,13 @@ async def test_a_sweep_waits_for_a_publisher(
 async def test_a_store_without_redis_shares_with_nobody(
     start_store: StartStore, redis_server: RedisServer, redis_prefix: str, shared_first: bool
 ) -> None:
-    shared = {"redis": redis_server.url, "redis_prefix": redis_prefix}
-    first: dict[str, str] = shared if shared_first else {}
-    second: dict[str, str] = {} if shared_first else shared
+    shared: dict[str, str | float] = {
+        "redis": redis_server.url,
+        "redis_prefix": redis_prefix,
+        "redis_timeout_seconds": PATIENT_SECONDS,
+    }
+    alone: dict[str, str | float] = {}
+    first, second = (shared, alone) if shared_first else (alone, shared)
     await start_store(**first)
     with pytest.raises(OSError, match="another adapter store uses"):
         await start_store(**second)
@@ -139,6 +143,6 @@ async def test_a_volume_moves_from_sqlite_to_redis(
     async with connect(alone.server.address) as channel:
         adapter = (await StoreClient(channel).upload("a", make_files())).adapter
     await alone.stop()
-    shared = await start_store(redis=redis_server.url, redis_prefix=redis_prefix)
+    shared = await start_store(redis=redis_server.url, redis_prefix=redis_prefix, redis_timeout_seconds=PATIENT_SECONDS)
     async with connect(shared.server.address) as channel:
         assert await StoreClient(channel).get("a") == adapter

@@ -20,14 +20,14 @@ from loraplex.v1 import adapter_store_pb2 as pb
 from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files
 from tests.adapter_store.fakes import StoreClient
-from tests.adapter_store.redis_server import RedisServer
+from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 
 ROOT = Path(adapter_store.__file__).parent.parent
 KEPT, MOVED, NEW = "kept", "moved", "new"
 # From here on the change is on disk, so it must be there although nobody was told.
 DURABLE: tuple[Place, ...] = ("after-journal", "after-metadata")
 
-Options = dict[str, str]
+Options = dict[str, str | float]
 
 
 async def upload(service: StoreService, adapter_id: str, seed: int) -> pb.Adapter:
@@ -87,7 +87,11 @@ async def test_a_store_killed_at_a_failpoint_loses_nothing(
 ) -> None:
     # What Redis has decided, the next store writes down.
     done = place in DURABLE or (registry, place) == ("redis", "before-journal")
-    options = {"redis": redis_server.url, "redis_prefix": redis_prefix} if registry == "redis" else {}
+    options: Options = (
+        {"redis": redis_server.url, "redis_prefix": redis_prefix, "redis_timeout_seconds": PATIENT_SECONDS}
+        if registry == "redis"
+        else {}
+    )
     shutil.copytree(acknowledged, data_dir)
     await upload_into_a_kill(data_dir, place, adapter_id, options)
     service = await start_store(**options)

@@ -19,7 +19,7 @@ from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files
 from tests.adapter_store.fakes import StoreClient
 from tests.adapter_store.polling import eventually
-from tests.adapter_store.redis_server import RedisServer
+from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 
 # What a row allows, and what a busy machine may add to one call.
 REFUSED_SECONDS, BUSY_SECONDS = 0.3, 0.3
@@ -41,8 +41,10 @@ async def client_of() -> AsyncIterator[Connect]:
 
 
 @pytest.fixture
-async def service(start_store: StartStore, own_redis: RedisServer) -> StoreService:
-    return await start_store(redis=own_redis.url)
+async def service(start_store: StartStore, own_redis: RedisServer, request: pytest.FixtureRequest) -> StoreService:
+    # Only a Redis that is paused is told from a slow one by the timeout.
+    timeout = {} if "b12" in request.node.name else {"redis_timeout_seconds": PATIENT_SECONDS}
+    return await start_store(redis=own_redis.url, **timeout)
 
 
 @pytest.fixture
@@ -78,11 +80,11 @@ async def back(client: StoreClient, adapter_id: str, seed: int) -> pb.Adapter:
 
 
 async def test_b11_redis_down_at_start(start_store: StartStore, own_redis: RedisServer, client_of: Connect) -> None:
-    first = await start_store(redis=own_redis.url)
+    first = await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS)
     adapter = await put(client_of(first), "a")
     await first.stop()
     own_redis.stop()
-    client = client_of(await start_store(redis=own_redis.url))
+    client = client_of(await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS))
     await assert_reads_go_on(client, adapter)
     await assert_refused_at_once(put(client, "b"))
     own_redis.start()
@@ -130,7 +132,7 @@ async def test_b12_a_change_that_redis_made_after_its_caller_gave_up_is_whole(
 async def test_b13_redis_lost_its_data(
     start_store: StartStore, own_redis: RedisServer, client_of: Connect, restart: bool
 ) -> None:
-    service = await start_store(redis=own_redis.url)
+    service = await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS)
     client = client_of(service)
     kept, gone = await put(client, "a"), await put(client, "gone", 1)
     await client.delete("gone")
@@ -138,7 +140,7 @@ async def test_b13_redis_lost_its_data(
         await service.stop()
     own_redis.call("FLUSHALL")
     if restart:
-        client = client_of(await start_store(redis=own_redis.url))
+        client = client_of(await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS))
     await assert_reads_go_on(client, kept)
     moved = await put(client, "a", 2)
     assert moved.sequence > gone.sequence + 1
@@ -150,7 +152,7 @@ async def test_b13_redis_lost_its_data(
 async def test_b13_redis_rolled_back(
     start_store: StartStore, own_redis: RedisServer, client_of: Connect, restart: bool
 ) -> None:
-    service = await start_store(redis=own_redis.url)
+    service = await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS)
     client = client_of(service)
     await put(client, "a", 0)
     await put(client, "deleted", 1)
@@ -161,7 +163,7 @@ async def test_b13_redis_rolled_back(
         await service.stop()
     own_redis.roll_back(saved)
     if restart:
-        client = client_of(await start_store(redis=own_redis.url))
+        client = client_of(await start_store(redis=own_redis.url, redis_timeout_seconds=PATIENT_SECONDS))
     assert await client.get("a") == newer
     last = await back(client, "b", 3)
     assert last.sequence > newer.sequence + 1

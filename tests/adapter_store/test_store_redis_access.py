@@ -13,13 +13,13 @@ from common.errors import Unavailable
 from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files
 from tests.adapter_store.fakes import StoreClient
-from tests.adapter_store.redis_server import RedisServer, free_port
+from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer, free_port
 
 PASSWORD = "canary-4711"
 # What docs/operations.md tells to grant.
 RIGHTS = "~loraplex:* resetchannels -@all +@hash +@sortedset +@stream +@scripting +@keyspace +@connection -@dangerous"
 
-Options = dict[str, str | Path]
+Options = dict[str, str | float | Path]
 
 
 def openssl(*arguments: str, cwd: Path) -> None:
@@ -62,6 +62,7 @@ def options(secure_redis: str, certificates: Path, tmp_path: Path) -> Options:
     password.write_text(PASSWORD + "\n")
     return {
         "redis": secure_redis,
+        "redis_timeout_seconds": PATIENT_SECONDS,
         "redis_username": "store",
         "redis_password_file": password,
         "redis_tls_ca": certificates / "ca.crt",

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 # Before anything imports torch; the services a test starts inherit it. Two pytest processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports grpc: tests start processes while they hold channels, and none of these uses the parent's.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Tests of two threads: one that waits must not keep a core from the one it waits for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

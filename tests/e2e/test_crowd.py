@@ -1,9 +1,7 @@
 """A hundred streams at once, some cancelled, some out of time: each ends once, and every count agrees."""
 
 import asyncio
-import json
 import random
-import shutil
 from collections import Counter
 from contextlib import aclosing
 from pathlib import Path
@@ -12,13 +10,9 @@ from loraplex import AsyncClient
 from loraplex.errors import DeadlineExceeded
 from loraplex.fleet import Fleet
 from tests.e2e.support import finish_counts, memory_usage, running_fleet, until
-from tests.e2e.tiny_model import TinyModel
+from tests.e2e.tiny_model import ENDLESS, ENDLESS_POOL, TinyModel, with_long_context
 
 NUM_STREAMS = 100
-# Far more than a stream can get before it is cancelled or its deadline passes; and a context and a pool for it.
-ENDLESS = 8000
-CONTEXT = 8192
-POOL = ["--memory", "512MiB"]
 DEADLINE_SECONDS = 10.0
 
 
@@ -61,19 +55,11 @@ async def crowd(fleet: Fleet, names: list[str], prompt: list[int]) -> Counter[st
         return Counter(await asyncio.gather(*streams))
 
 
-def with_long_context(base: Path, folder: Path) -> Path:
-    """The same weights: rotary embedding does not depend on the length of the context."""
-    copy = Path(shutil.copytree(base, folder))
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
-    return copy
-
-
 async def test_every_stream_ends_once_and_the_counts_agree(
     tiny: TinyModel, many_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     prompt, base = tiny.prompts["rank-1"], with_long_context(tiny.base, tmp_path / "base")
-    with running_fleet(base, tmp_path, many_adapters, gpu_worker=POOL) as fleet:
+    with running_fleet(base, tmp_path, many_adapters, gpu_worker=ENDLESS_POOL) as fleet:
         (worker,) = fleet.workers
         ends = await crowd(fleet, sorted(many_adapters), prompt)
         assert ends.total() == NUM_STREAMS

@@ -17,7 +17,7 @@ from tests.e2e.support import (
     running_fleet,
     until,
 )
-from tests.e2e.tiny_model import NUM_TOKENS, TinyModel
+from tests.e2e.tiny_model import ENDLESS, ENDLESS_POOL, NUM_TOKENS, TinyModel, with_long_context
 
 # Streams for ever as far as a test is concerned, and says when it has started.
 CLIENT = """
@@ -44,27 +44,23 @@ async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tin
     assert [answer[:NUM_TOKENS] for answer in answers] == [tiny.answers[name] for name in names]
 
 
-async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny: TinyModel, fleet: Fleet) -> None:
-    ended: list[str] = []
-
-    async def stream_to_the_end(client: AsyncClient, name: str, started: asyncio.Event) -> None:
-        prompt = tiny.prompts[name]
-        async for _ in client.stream(prompt, name, temperature=0.0, max_tokens=300, ignore_eos=True):
+async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny: TinyModel, tmp_path: Path) -> None:
+    async def stream_on(client: AsyncClient, name: str, started: asyncio.Event) -> None:
+        async for _ in client.stream(tiny.prompts[name], name, max_tokens=ENDLESS, ignore_eos=True):
             started.set()
-        ended.append(name)
 
-    async with AsyncClient(fleet.gateway.address) as client:
-        names = ["", "rank-1", "rank-64"]
-        events = [asyncio.Event() for _ in names]
-        running = [
-            asyncio.create_task(stream_to_the_end(client, name, event))
-            for name, event in zip(names, events, strict=True)
-        ]
-        await asyncio.gather(*(event.wait() for event in events))
-        async with aclosing(client.stream(tiny.prompts["rank-3"], "rank-3", temperature=0.0)) as newcomer:
-            await anext(newcomer)
-            assert ended == []
-        await asyncio.gather(*running)
+    base = with_long_context(tiny.base, tmp_path / "base")
+    with running_fleet(base, tmp_path / "data", tiny.adapters, gpu_worker=ENDLESS_POOL) as fleet:
+        async with AsyncClient(fleet.gateway.address) as client:
+            started = {name: asyncio.Event() for name in ("", "rank-1", "rank-64")}
+            running = [asyncio.create_task(stream_on(client, name, event)) for name, event in started.items()]
+            await asyncio.gather(*(event.wait() for event in started.values()))
+            async with aclosing(client.stream(tiny.prompts["rank-3"], "rank-3")) as newcomer:
+                await anext(newcomer)
+            assert not any(task.done() for task in running)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
 
 def test_killing_the_client_frees_its_pages(fleet: Fleet) -> None:

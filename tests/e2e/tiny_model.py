@@ -1,5 +1,7 @@
 """A tiny random Llama with random PEFT adapters, and the oracle that says what each must answer."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,12 @@ NUM_TOKENS = 64
 VOCAB_SIZE = 259
 # Of the best logit over the second, at every step of every oracle: far more than float32 can move.
 MIN_MARGIN = 1e-3
+
+
+# Far more than a stream can get before a test ends it; and a context and a pool for many of them.
+ENDLESS = 8000
+LONG_CONTEXT = 8192
+ENDLESS_POOL = ["--memory", "512MiB"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +131,11 @@ def differing(answers: dict[str, list[int]], expected: dict[str, list[int]]) -> 
     """Adapters whose greedy tokens are not the oracle's: the parity check itself."""
     assert answers.keys() == expected.keys()
     return {name for name in expected if answers[name] != expected[name]}
+
+
+def with_long_context(base: Path, folder: Path) -> Path:
+    """The same weights: rotary embedding does not depend on the length of the context."""
+    copy = Path(shutil.copytree(base, folder))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": LONG_CONTEXT}))
+    return copy

@@ -1,6 +1,7 @@
 """The next token is a pure function of (logits, params, seed, position)."""
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ def random_logits(num_rows: int, vocab_size: int = 50) -> torch.Tensor:
 
 def draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Iterable[int]) -> list[int]:
     """Tokens of sequences whose next token is at `positions`."""
-    sequences = [waiting_sequence("s", position) for position in positions]
-    for sequence, param in zip(sequences, params, strict=True):
+    sequences = [waiting_sequence("s", 1) for _ in params]
+    for sequence, param, position in zip(sequences, params, positions, strict=True):
         sequence.sampling = param
+        # Only its length is read; twenty thousand lists would take gigabytes.
+        sequence.prompt_token_ids = cast("list[int]", range(position))
     return [drawn.token_id for drawn in sample(logits, sequences)]
 
 

@@ -19,9 +19,9 @@ class SchedulerConfig(ServiceConfig):
     )
     max_waiting_requests: int = option(32, help="requests a worker has and has not admitted, at most")
     spill_ratio: float = option(
-        1.5, help="a request leaves the workers of its adapter when their load exceeds this many times another's ..."
+        1.25, help="a request leaves the workers of its adapter when their load exceeds this many times another's ..."
     )
-    spill_margin_tokens: int = option(1024, help="... plus this many tokens")
+    spill_margin_tokens: int = option(512, help="... plus this many tokens")
     worker_grace_seconds: float = option(
         2.0, help="how long requests wait for a first worker, and a lost worker's requests are remembered"
     )

@@ -17,8 +17,8 @@ class Settings:
     max_waiting_requests: int = 32
     # A request leaves the workers that have its adapter when their work exceeds
     # `spill_ratio * (work of another) + spill_margin_tokens`.
-    spill_ratio: float = 1.5
-    spill_margin_tokens: int = 1024
+    spill_ratio: float = 1.25
+    spill_margin_tokens: int = 512
     # How long requests wait for a first worker, and how long a lost worker's requests are remembered.
     worker_grace_seconds: float = 2.0
     # How long the requests of a lost gateway may go on before they are aborted.

@@ -38,7 +38,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Decides whenever something changed or a time has come. Runs until cancelled."""
         while True:
-            wakeup = self._core.next_wakeup(time.monotonic())
+            wakeup = self._core.next_wakeup()
             try:
                 async with asyncio.timeout(None if wakeup is None else max(0.0, wakeup - time.monotonic())):
                     await self._changed.wait()

@@ -49,6 +49,8 @@ class Scheduler:
         self.fleet = Fleet(settings, epoch, now)
         # Nothing is placed before; workers with sequences of an earlier scheduler come back until then.
         self.recovered_at = now + settings.recovery_seconds
+        # No decision was made at or after that time yet.
+        self._recovering = True
         self._order_keys = itertools.count(epoch * _ORDER_KEYS_PER_EPOCH)
         self._deadlines: list[tuple[float, int, Request]] = []
         self._deadline_numbers = itertools.count()
@@ -140,6 +142,7 @@ class Scheduler:
         """Decides all that can be decided now. Returns what to tell whom since the last call."""
         self._expire(now)
         if now >= self.recovered_at:
+            self._recovering = False
             self._place(now)
         decisions = Decisions(answers=self.requests.take_answers())
         for worker in self.fleet.workers:
@@ -147,12 +150,13 @@ class Scheduler:
                 decisions.commands[worker.worker_id] = commands
         return decisions
 
-    def next_wakeup(self, now: float) -> float | None:
+    def next_wakeup(self) -> float | None:
         """When `schedule()` must run though no event came; None when only an event can change anything."""
         times = [lost.until for lost in self.fleet.lost.values()]
         times += [gateway.lost_until for gateway in self.requests.gateways.values() if gateway.lost_until is not None]
         if self.queue.num_requests:
-            if now < self.recovered_at:
+            # Whatever `now` is: the last decision may have been made a moment before that time, this question after.
+            if self._recovering:
                 times.append(self.recovered_at)
             if self.fleet.grace_end is not None:
                 times.append(self.fleet.grace_end)

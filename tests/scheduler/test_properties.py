@@ -196,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """Runs `schedule()` exactly when the scheduler asks for it."""
         end = self.now + seconds
-        while (wakeup := self.scheduler.next_wakeup(self.now)) is not None and wakeup <= end:
+        while (wakeup := self.scheduler.next_wakeup()) is not None and wakeup <= end:
             # Whatever was due before has been done: no busy loop.
             assert wakeup > self.now
             self.now = wakeup

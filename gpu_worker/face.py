@@ -86,7 +86,8 @@ class Face:
         """Commands of the scheduler; offered sequences belong to their gateway from here on."""
         for command in batch.commands:
             if command.HasField("offer"):
-                self.streams.own(command.offer.request.gateway_id, command.offer.request.key)
+                request = command.offer.request
+                self.streams.own(request.gateway_id, request.key, max(1, request.output.n))
         self.send(engine_pb2.EngineCommand(scheduler_commands=batch))
 
     async def call_memory(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:

@@ -2,14 +2,25 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from common.errors import LoraplexError, to_proto
+from common.errors import LoraplexError, Unavailable, to_proto
 from loraplex.v1 import engine_pb2, types_pb2, worker_pb2
 
 # A gateway that has been gone for longer is dead: its sequences are freed.
 GATEWAY_GRACE_SECONDS = 1.0
+# How long a gateway that comes late can still learn what was freed meanwhile.
+DROPPED_SECONDS = 60.0
 
 Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Owned:
+    """A request of a gateway and how many of its outputs have not ended."""
+
+    key: types_pb2.RequestKey
+    outputs: int
 
 
 class GatewayStreams:
@@ -20,7 +31,9 @@ class GatewayStreams:
         self._worker_id = worker_id
         self._on_lost = on_lost
         self._queues: dict[str, asyncio.Queue[worker_pb2.TokenBatch]] = {}
-        self._owned: dict[str, dict[Key, types_pb2.RequestKey]] = {}
+        self._owned: dict[str, dict[Key, _Owned]] = {}
+        # Requests freed because their gateway was away; it hears of them if it comes after all.
+        self._dropped: dict[str, list[types_pb2.RequestKey]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         # Set while no sequence is in flight.
         self.idle = asyncio.Event()
@@ -28,12 +41,12 @@ class GatewayStreams:
         # Set when the worker is about to end: streams end when they have delivered what waits.
         self.closing = asyncio.Event()
 
-    def own(self, gateway_id: str, key: types_pb2.RequestKey) -> None:
-        """A sequence of this gateway was offered."""
+    def own(self, gateway_id: str, key: types_pb2.RequestKey, outputs: int = 1) -> None:
+        """A request of this gateway was offered; it ends with the last of its outputs."""
         if gateway_id not in self._queues:
             self._queues[gateway_id] = asyncio.Queue()
             self._start_timer(gateway_id)
-        self._owned.setdefault(gateway_id, {})[key.request_id, key.attempt] = key
+        self._owned.setdefault(gateway_id, {})[key.request_id, key.attempt] = _Owned(key, outputs)
         self.idle.clear()
 
     def release(self, keys: Iterable[types_pb2.RequestKey]) -> None:
@@ -53,6 +66,8 @@ class GatewayStreams:
             while not previous.empty():
                 queue.put_nowait(previous.get_nowait())
         self._queues[gateway_id] = queue
+        if dropped := self._dropped.pop(gateway_id, None):
+            queue.put_nowait(self._failed(dropped, _dropped_error()))
         return queue
 
     def detach(self, gateway_id: str, queue: asyncio.Queue[worker_pb2.TokenBatch]) -> None:
@@ -66,7 +81,7 @@ class GatewayStreams:
             owned = self._owned.get(batch.gateway_id, {})
             for sequence in batch.sequences:
                 if sequence.finish_reason:
-                    owned.pop((sequence.key.request_id, sequence.key.attempt), None)
+                    _end_output(owned, sequence)
             if queue := self._queues.get(batch.gateway_id):
                 message = worker_pb2.TokenBatch(worker_id=self._worker_id, step_number=step_number)
                 message.sequences.extend(batch.sequences)
@@ -75,15 +90,9 @@ class GatewayStreams:
 
     def fail_all(self, error: LoraplexError) -> None:
         """The engine is gone: every sequence it had fails with `error`."""
-        proto = to_proto(error)
         for gateway_id, owned in self._owned.items():
-            failed = [
-                worker_pb2.SequenceTokens(key=key, finish_reason=types_pb2.FINISH_REASON_ERROR, error=proto)
-                for key in owned.values()
-            ]
-            if failed:
-                batch = worker_pb2.TokenBatch(worker_id=self._worker_id, sequences=failed)
-                self._queues[gateway_id].put_nowait(batch)
+            if owned:
+                self._queues[gateway_id].put_nowait(self._failed([item.key for item in owned.values()], error))
             owned.clear()
         self._update_idle()
 
@@ -94,10 +103,30 @@ class GatewayStreams:
     def _lose(self, gateway_id: str) -> None:
         self._timers.pop(gateway_id, None)
         self._queues.pop(gateway_id, None)
-        self._owned.pop(gateway_id, None)
+        if owned := self._owned.pop(gateway_id, None):
+            self._dropped[gateway_id] = [item.key for item in owned.values()]
+            asyncio.get_running_loop().call_later(DROPPED_SECONDS, self._dropped.pop, gateway_id, None)
         self._update_idle()
         self._on_lost(gateway_id)
+
+    def _failed(self, keys: Iterable[types_pb2.RequestKey], error: LoraplexError) -> worker_pb2.TokenBatch:
+        reason, proto = types_pb2.FINISH_REASON_ERROR, to_proto(error)
+        failed = [worker_pb2.SequenceTokens(key=key, finish_reason=reason, error=proto) for key in keys]
+        return worker_pb2.TokenBatch(worker_id=self._worker_id, sequences=failed)
 
     def _update_idle(self) -> None:
         if not any(self._owned.values()):
             self.idle.set()
+
+
+def _end_output(owned: dict[Key, _Owned], sequence: worker_pb2.SequenceTokens) -> None:
+    key = sequence.key.request_id, sequence.key.attempt
+    if (item := owned.get(key)) is not None:
+        item.outputs -= 1
+        if item.outputs <= 0 or sequence.finish_reason == types_pb2.FINISH_REASON_ERROR:
+            del owned[key]
+
+
+def _dropped_error() -> LoraplexError:
+    message = "the worker freed the request because the gateway's stream was not there"
+    return Unavailable("WORKER_LOST", message, retry_after_seconds=1.0)

@@ -119,7 +119,8 @@ async def test_tokens_of_a_lost_gateway_are_dropped(streams: GatewayStreams, tim
     streams.own("g", key("s"))
     timers.pass_time(GATEWAY_GRACE_SECONDS)
     streams.deliver(1, [tokens("g", "s")])
-    assert received(streams.attach("g")) == []
+    (message,) = streams.attach("g").get_nowait().sequences
+    assert not message.token_ids
 
 
 class TestSecondStreamOfAGateway:
@@ -205,3 +206,20 @@ class TestEngineLost:
         streams.own("g", key("s"))
         streams.fail_all(self.LOST)
         assert streams.idle.is_set()
+
+
+async def test_a_gateway_that_comes_too_late_hears_what_was_freed(streams: GatewayStreams, timers: Timers) -> None:
+    streams.own("late", key("s"))
+    timers.pass_time(GATEWAY_GRACE_SECONDS)
+    (message,) = streams.attach("late").get_nowait().sequences
+    assert (message.key, message.error.reason) == (key("s"), "WORKER_LOST")
+    assert streams.attach("late").empty()
+
+
+async def test_a_request_is_in_flight_until_its_last_output_has_ended(streams: GatewayStreams) -> None:
+    streams.attach("a")
+    streams.own("a", key("s"), outputs=2)
+    streams.deliver(1, [tokens("a", "s", finish=True)])
+    assert not streams.idle.is_set()
+    streams.deliver(2, [tokens("a", "s", finish=True)])
+    assert streams.idle.is_set()

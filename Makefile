@@ -13,7 +13,7 @@ BASELINE := released/v1.txtpb
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench-store tools bench-kernels release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench bench-full bench-store tools bench-kernels release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ $(NODE_EXAMPLE): examples/node/package.json
 
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600
+
+bench: install stubs ## Serve workload W with our engine, our fleet and PEFT in turn; ARGS='--help' explains (40 minutes)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-full: install stubs ## The same with more workloads and PEFT's other modes (hours)
+	$(BIN)/python -m benchmarks.serving --workloads n1,n8,n64,n256,distinct,one --systems engine,lora-off,unary,stream,peft,peft-grouped,peft-alone $(ARGS)
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store

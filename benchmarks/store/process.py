@@ -12,8 +12,8 @@ from benchmarks.hardware import ROOT
 class StoreProcess:
     """`python -m adapter_store`; `start_seconds` runs from the command to the ready line."""
 
-    def __init__(self, data_dir: Path) -> None:
-        command = [sys.executable, "-m", "adapter_store", "--data-dir", str(data_dir), "--log-level", "error"]
+    def __init__(self, data_dir: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "adapter_store", "--data-dir", str(data_dir), "--log-level", "error", *options]
         started = time.perf_counter()
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None

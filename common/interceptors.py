@@ -28,7 +28,7 @@ READ_ON_SECONDS = 5.0
 _log = logging.getLogger(__name__)
 
 # (request streams, response streams) -> the name grpc gives such a method.
-_KINDS = {
+KINDS = {
     (False, False): "unary_unary",
     (False, True): "unary_stream",
     (True, False): "stream_unary",
@@ -57,7 +57,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         request_id = _request_id(handler_call_details)
         deserializer = _forgiving(handler.request_deserializer)
-        kind = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
+        kind = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         guard = _guard_stream if handler.response_streaming else _guard_unary
         inner = getattr(handler, kind)
         make = getattr(grpc, f"{kind}_rpc_method_handler")

@@ -14,10 +14,11 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
+from common.call_metrics import CallInterceptor
 from common.config import ServiceConfig, parse
 from common.interceptors import ErrorInterceptor
 from common.logs import set_up_logs
-from common.metrics import new_registry, ready_gauge, serve_metrics
+from common.metrics import LifeMetrics, new_registry, serve_metrics
 
 _log = logging.getLogger(__name__)
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -52,9 +53,11 @@ class Server:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         ]
-        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
         self.registry: CollectorRegistry = new_registry()
-        self._ready_gauge = ready_gauge(self.registry)
+        self._life = LifeMetrics(self.registry, config)
+        self._lag: asyncio.Task[None] | None = None
+        interceptors = [CallInterceptor(self.registry), ErrorInterceptor()]
+        self.grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health_aio.HealthServicer()
         self._services: list[str] = []
         self.ready = asyncio.Event()
@@ -82,6 +85,7 @@ class Server:
             wanted = f"{self._config.host}:{self._config.metrics_port}"
             raise OSError(f"cannot serve metrics on {wanted}: {error.strerror}") from error
         self.metrics_address = f"{self._config.host}:{self._metrics.port}"
+        self._lag = asyncio.create_task(self._life.watch_lag())
         await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
         await self.set_ready(False)
         await self.grpc.start()
@@ -91,16 +95,24 @@ class Server:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", "readiness", *self._services):
             await self._health.set(name, status)
-        self._ready_gauge.set(int(ready))
+        self._life.ready.set(int(ready))
         if ready:
             self.ready.set()
         else:
             self.ready.clear()
 
+    async def drain(self) -> None:
+        """Not ready any more, and said to be draining; calls go on."""
+        self._life.draining.set(1)
+        await self.set_ready(False)
+
     async def stop(self) -> None:
         """Stops taking calls, gives those in flight the drain time, closes."""
-        await self.set_ready(False)
+        await self.drain()
         await self.grpc.stop(self._config.drain_seconds)
+        if self._lag is not None:
+            self._lag.cancel()
+            await asyncio.gather(self._lag, return_exceptions=True)
         self._metrics.stop()
 
 

@@ -24,3 +24,5 @@ class GatewayConfig(ServiceConfig):
     write_stall_seconds: float = option(
         30.0, help="how long a client may leave a message unread before its request ends"
     )
+    max_adapter_labels: int = option(50, help="adapters that metrics name; the others are counted as _other")
+    max_tenant_labels: int = option(100, help="tenants that metrics name; the others are counted as _other")

@@ -75,11 +75,18 @@ class Generation:
         self._peers.scheduler.abort(abort)
 
     def _count(self, delta: Delta) -> None:
+        metrics, tenant = self._peers.metrics, self.in_flight.key.tenant
         if delta.num_tokens:
-            now, tenant = time.monotonic(), self.in_flight.key.tenant
-            first = self._last_news == self._started
-            self._peers.metrics.tokens(tenant, delta.num_tokens, now - self._last_news, first=first)
+            now = time.monotonic()
+            seconds = now - self._last_news
+            if self._last_news == self._started:
+                tier, base = self.in_flight.tier, not self.in_flight.spec.adapter_id
+                metrics.first_tokens(tenant, delta.num_tokens, seconds, tier, base=base)
+            else:
+                metrics.more_tokens(tenant, delta.num_tokens, seconds)
             self._last_news = now
+        if delta.usage is not None and self.in_flight.complete:
+            metrics.finished(tenant, delta.usage.cached_tokens)
 
     def _end_stopped(self) -> None:
         """Tells the worker which outputs a stop string has ended; the scheduler hears it from the worker."""

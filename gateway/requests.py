@@ -60,6 +60,8 @@ class InFlight:
         self.on_overflow: Callable[[], None] | None = None
         # The worker that has the current attempt, once known.
         self.worker_id = ""
+        # Where that worker had the adapter when it was given the request.
+        self.tier: types_pb2.Tier.ValueType = types_pb2.TIER_UNSPECIFIED
         self.error: LoraplexError | None = None
         # No other process works on it any more, so there is nothing to abort.
         self.ended_remotely = False
@@ -79,6 +81,11 @@ class InFlight:
     @property
     def key(self) -> types_pb2.RequestKey:
         return self.spec.key
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What waits to be taken."""
+        return self._buffered_bytes
 
     @property
     def complete(self) -> bool:
@@ -170,6 +177,11 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def buffered_bytes(self) -> int:
+        """What waits to be taken, of all requests. For any thread."""
+        return sum(in_flight.buffered_bytes for in_flight in list(self._requests.values()))
+
     def add(self, in_flight: InFlight) -> None:
         """Raises AlreadyExists when a request of this id is in flight."""
         if in_flight.request_id in self._requests:
@@ -215,10 +227,15 @@ class RequestTable:
             self._count_gaps(1)
             in_flight.fail(error)
 
-    def place(self, key: types_pb2.RequestKey, worker_id: str) -> None:
-        """The scheduler offered the attempt to this worker."""
+    def place(
+        self,
+        key: types_pb2.RequestKey,
+        worker_id: str,
+        tier: "types_pb2.Tier.ValueType" = types_pb2.TIER_UNSPECIFIED,
+    ) -> None:
+        """The scheduler offered the attempt to this worker, which has the adapter in `tier`."""
         if (in_flight := self.current(key)) is not None:
-            in_flight.worker_id = worker_id
+            in_flight.worker_id, in_flight.tier = worker_id, tier
 
     def refuse(self, key: types_pb2.RequestKey, error: LoraplexError) -> None:
         """The scheduler will not run the attempt."""

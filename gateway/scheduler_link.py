@@ -64,7 +64,8 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
             case "welcome":
                 self._welcome()
             case "placed":
-                self._workers.place(message.placed.key, message.placed.worker_id)
+                placed = message.placed
+                self._workers.place(placed.key, placed.worker_id, placed.adapter_tier)
             case "refused":
                 self._table.refuse(message.refused.key, from_proto(message.refused.error))
             case "workers":

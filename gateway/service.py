@@ -37,10 +37,13 @@ class Gateway:
         gateway_id = f"gateway-{uuid.uuid4().hex}"
 
         self.server = Server(config, max_message_bytes=config.max_message_bytes)
-        self._metrics = GatewayMetrics(self.server.registry)
+        self._metrics = GatewayMetrics(
+            self.server.registry, max(1, config.max_adapter_labels), max(1, config.max_tenant_labels)
+        )
         self._store_channel = connect(config.adapter_store)
         self._fleet = Fleet(tokenizer)
         self.table = RequestTable(self._metrics.duplicates.inc, self._metrics.gaps.inc)
+        self._metrics.stream_buffer.set_function(lambda: self.table.buffered_bytes)
         on_change = self._changed.set
         self._directory = AdapterDirectory(self._store_channel, on_change)
         self._workers = WorkerLinks(gateway_id, self._fleet, self.table, on_change)

@@ -11,7 +11,7 @@ from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.generation import Caller, Generation, Generator
 from gateway.identity import tenant_of
-from gateway.metrics import GatewayMetrics
+from gateway.metrics import Call, GatewayMetrics
 from gateway.readiness import Readiness
 from gateway.validation import page_size_of
 from loraplex.v1 import gateway_pb2, gateway_pb2_grpc, scheduler_pb2, types_pb2
@@ -41,8 +41,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._limits = limits
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Any) -> gateway_pb2.GenerateResponse:
-        with self._metrics.call("Generate", context):
-            generation = await self._start(request, context)
+        with self._metrics.call("Generate", context) as call:
+            generation = await self._start(request, context, call)
             try:
                 whole = merge([answer async for answer in generation.answers()])
                 check_size(whole, self._limits.max_message_bytes)
@@ -51,8 +51,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 generation.close()
 
     async def GenerateStream(self, request: gateway_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # writes to the context, which can be given up
-        with self._metrics.call("GenerateStream", context):
-            generation = await self._start(request, context)
+        with self._metrics.call("GenerateStream", context) as call:
+            generation = await self._start(request, context, call)
             try:
                 in_flight, give_up = generation.in_flight, partial(self._give_up, generation)
                 await deliver(generation.answers(), context.write, in_flight, self._limits, give_up)
@@ -79,10 +79,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._metrics.slow_clients.inc()
         generation.close(scheduler_pb2.ABORT_CAUSE_SLOW_READER)
 
-    async def _start(self, request: gateway_pb2.GenerateRequest, context: Any) -> Generation:
+    async def _start(self, request: gateway_pb2.GenerateRequest, context: Any, call: Call) -> Generation:
         remaining = context.time_remaining()
         caller = Caller(tenant_of(context), request_id_var.get(), remaining)
+        call.tenant = caller.tenant
         generation = await self._generator.start(request, caller)
+        call.adapter_id = generation.in_flight.spec.adapter_id
         # When a call ends while a message waits to be sent, the handler's `finally` runs only once it is collected.
         context.add_done_callback(lambda _: generation.close())
         return generation

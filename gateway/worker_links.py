@@ -49,9 +49,14 @@ class WorkerLinks:
             link.draining = worker.state == scheduler_pb2.WORKER_STATE_DRAINING
         self._on_change()
 
-    def place(self, key: types_pb2.RequestKey, worker_id: str) -> None:
+    def place(
+        self,
+        key: types_pb2.RequestKey,
+        worker_id: str,
+        tier: "types_pb2.Tier.ValueType" = types_pb2.TIER_UNSPECIFIED,
+    ) -> None:
         """The scheduler gave the attempt to this worker; fails it at once when there is no way to that worker."""
-        self.table.place(key, worker_id)
+        self.table.place(key, worker_id, tier)
         if not any(link.usable for link in self._links_to(worker_id)):
             self.table.fail_placed(worker_id, _worker_lost)
 

@@ -235,6 +235,8 @@ class CommandProcessor:
             return
         self._memory.finish_loading(done.adapter_version)
         self.loads += 1
+        if (adapter := self._memory.adapters.get(done.adapter_version)) is not None:
+            self._outbox.loaded(adapter, done.seconds)
         for sequence in self._batcher.adapter_loaded(done.adapter_version):
             sequence.timings.loaded = sequence.timings.loaded or time.monotonic()
 

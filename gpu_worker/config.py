@@ -54,6 +54,7 @@ class WorkerConfig(EngineConfig, ServiceConfig):
     )
     worker_id: str = option("", help="name of this worker; default: a random one")
     advertise_address: str = option("", help="HOST:PORT that gateways dial; default: the address listened on")
+    vllm_metrics: bool = option(False, help="metrics with vLLM's names too, for routers and boards that ask for them")
     step_log: Path | None = option(None, help="file that gets one JSON line for each step")
 
 

@@ -52,6 +52,7 @@ class Face:
         model_dir = Path(self._config.model)
         self._tokenizer_files = await asyncio.to_thread(base_model.tokenizer_files, model_dir)
         self._engine, self.ready = await EngineProcess.start(self._config)
+        self._metrics.serves(self.ready)
         _log.info("engine ready", extra={"pid": self._engine.pid, "pages": self.ready.capacity.num_pages})
 
     async def run(self) -> None:
@@ -87,6 +88,7 @@ class Face:
         for command in batch.commands:
             if command.HasField("offer"):
                 request = command.offer.request
+                self._metrics.offered(request)
                 self.streams.own(request.gateway_id, request.key, max(1, request.output.n))
         self.send(engine_pb2.EngineCommand(scheduler_commands=batch))
 

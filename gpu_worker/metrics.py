@@ -2,19 +2,26 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from loraplex.v1 import engine_pb2, scheduler_pb2
+from common.wire import dtype_from_proto
+from gpu_worker.residency import Residency
+from gpu_worker.vllm_metrics import VllmMetrics
+from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 # One bucket a value up to 16: small batches are read off exactly.
 _DISTINCT_BUCKETS = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_COPY_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class WorkerMetrics:
     """Everything /metrics of a worker shows beside the process's own figures."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, vllm_names: bool = False) -> None:
+        """With `vllm_names` the figures that other routers and boards ask for have vLLM's names as well."""
+        self._vllm = VllmMetrics(registry) if vllm_names else None
+
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
@@ -23,8 +30,21 @@ class WorkerMetrics:
 
         self._running = gauge("loraplex_worker_running_requests", "Sequences that hold pages")
         self._waiting = gauge("loraplex_worker_waiting_requests", "Sequences in the local queue")
+        self._model = gauge("loraplex_worker_info", "1, with the model that is served", ("model", "dtype"))
         self._pages = gauge("loraplex_worker_pages", "Pages of the pool by what they hold", ("kind",))
         self._kv_usage = gauge("loraplex_worker_kv_cache_usage_ratio", "Share of the pool that holds KV")
+        self._page_bytes = gauge("loraplex_worker_page_bytes", "Size of a page of the pool")
+        self._evictable = gauge("loraplex_worker_evictable_pages", "Pages that cold adapters and prefixes would yield")
+        self._resident = gauge("loraplex_adapter_resident_count", "Adapters by tier", ("tier",))
+        self._resident_bytes = gauge("loraplex_adapter_resident_bytes", "Bytes of adapters by tier", ("tier",))
+        self._reloads = counter(
+            "loraplex_adapter_reloads_within_60s", "Loads of adapters that were evicted less than a minute before"
+        )
+        self._prefix_queries = counter(
+            "loraplex_worker_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache"
+        )
+        self._prefix_hits = counter("loraplex_worker_prefix_cache_hit_tokens", "Prompt tokens found there")
+        self._parts = counter("loraplex_worker_step_part_seconds", "Where the time of the steps went", ("part",))
         self._preemptions = counter("loraplex_worker_preemptions", "Sequences that gave their pages back")
         self._tokens = counter("loraplex_worker_step_tokens", "Tokens computed", ("phase",))
         self._finished = counter("loraplex_worker_finish", "Outputs that ended", ("reason",))
@@ -55,8 +75,30 @@ class WorkerMetrics:
             buckets=_LOAD_BUCKETS,
             registry=registry,
         )
+        self._load_seconds = Histogram(
+            "loraplex_adapter_load_seconds",
+            "Seconds of a copy from the host tier into pages, by the adapter's largest rank",
+            ("rank_bucket",),
+            buckets=_COPY_BUCKETS,
+            registry=registry,
+        )
         self._seen_loads = 0
         self._seen_evictions = 0
+        self._residency = Residency()
+        for tiers in (("store", "host"), ("host", "pages")):
+            self._loads.labels(*tiers)
+        self._evictions.labels("pages")
+
+    def serves(self, ready: engine_pb2.EngineReady) -> None:
+        """The first engine is ready."""
+        self._model.labels(ready.model.name, dtype_from_proto(ready.model.geometry.dtype)).set(1)
+        if self._vllm:
+            self._vllm.serves(ready)
+
+    def offered(self, request: types_pb2.RequestSpec) -> None:
+        """A request was offered to this worker."""
+        if self._vllm:
+            self._vllm.offered(request)
 
     def step(self, result: engine_pb2.StepResult, now: float) -> None:
         """Books one step; `now` is Unix time in seconds."""
@@ -66,6 +108,12 @@ class WorkerMetrics:
         self._memory(report.memory)
         for finished in result.finished:
             self._finished.labels(finished.reason).inc(finished.outputs)
+        for load in result.loads:
+            self._load_seconds.labels(_rank_bucket(load.lora_rank)).observe(load.seconds)
+        self._reloads.inc(self._residency.apply(report.residency, now))
+        self._resident.labels("pages").set(len(self._residency))
+        if self._vllm:
+            self._vllm.step(report, self._residency, now)
         if result.HasField("stats"):
             self._stats(result.stats)
             self._last_step.set(now)
@@ -80,11 +128,16 @@ class WorkerMetrics:
     def engine_restarted(self) -> None:
         self._restarts.inc()
         self._seen_loads = self._seen_evictions = 0
+        self._residency = Residency()
 
     def _memory(self, memory: scheduler_pb2.MemoryUsage) -> None:
         for kind in ("free", "quarantined", "loading", "kv", "prefix", "adapter"):
             self._pages.labels(kind).set(getattr(memory, f"{kind}_pages"))
         self._kv_usage.set(memory.kv_pages / max(1, memory.total_pages))
+        self._page_bytes.set(memory.page_bytes)
+        self._evictable.set(memory.evictable_pages)
+        self._resident_bytes.labels("pages").set(memory.adapter_pages * memory.page_bytes)
+        self._resident_bytes.labels("host").set(memory.host_adapter_bytes)
 
     def _stats(self, stats: engine_pb2.StepStats) -> None:
         self._batch_size.observe(stats.sequences)
@@ -96,6 +149,14 @@ class WorkerMetrics:
         phase = mixed or ("prefill" if stats.prefill_tokens else "decode")
         seconds = stats.schedule_seconds + stats.forward_seconds + stats.sample_seconds
         self._step_seconds.labels(phase).observe(seconds)
+        for part in ("schedule", "forward", "sample"):
+            self._parts.labels(part).inc(getattr(stats, f"{part}_seconds"))
+        self._prefix_queries.inc(stats.prefix_query_tokens)
+        self._prefix_hits.inc(stats.prefix_hit_tokens)
         self._loads.labels("host", "pages").inc(stats.adapter_loads - self._seen_loads)
         self._evictions.labels("pages").inc(stats.adapter_evictions - self._seen_evictions)
         self._seen_loads, self._seen_evictions = stats.adapter_loads, stats.adapter_evictions
+
+
+def _rank_bucket(lora_rank: int) -> str:
+    return next((f"le{bound}" for bound in (8, 16, 32, 64) if lora_rank <= bound), "gt64")

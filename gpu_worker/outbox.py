@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 
 from common.errors import LoraplexError, to_proto
 from gpu_worker.convert import to_cost, to_key, to_position, to_progress
+from gpu_worker.memory.adapter_cache import ResidentAdapter
 from gpu_worker.sequence import Sequence, TokenLogprobs
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
 
@@ -18,6 +19,7 @@ class Outbox:
         self._progress: dict[str, scheduler_pb2.RequestProgress] = {}
         self._needed: list[engine_pb2.AdapterNeeded] = []
         self._finished: Counter[str] = Counter()
+        self._loads: list[engine_pb2.AdapterLoad] = []
 
     def changed(self, sequence: Sequence) -> None:
         """The scheduler should hear of the state of the sequence's request."""
@@ -25,6 +27,11 @@ class Outbox:
 
     def need_adapter(self, tenant: str, adapter_version: str) -> None:
         self._needed.append(engine_pb2.AdapterNeeded(tenant=tenant, adapter_version=adapter_version))
+
+    def loaded(self, adapter: ResidentAdapter, seconds: float) -> None:
+        """The adapter's bytes came into its pages in so many seconds."""
+        rank = max((module.lora_rank for module in adapter.layout.modules), default=0)
+        self._loads.append(engine_pb2.AdapterLoad(seconds=seconds, num_pages=len(adapter.pages), lora_rank=rank))
 
     def token(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
         """The sequence's newest token goes to its gateway."""
@@ -103,9 +110,10 @@ class Outbox:
             report=scheduler_pb2.StepReport(progress=self._progress.values()),
             adapters_needed=self._needed,
             finished=[engine_pb2.FinishCount(reason=reason, outputs=count) for reason, count in self._finished.items()],
+            loads=self._loads,
         )
         self._finished.clear()
         self._tokens.clear()
         self._progress.clear()
-        self._needed = []
+        self._needed, self._loads = [], []
         return result

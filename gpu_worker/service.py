@@ -23,7 +23,7 @@ async def serve(config: WorkerConfig) -> None:
     """Runs a worker until SIGTERM or SIGINT. Raises ValueError with a sentence when it cannot start."""
     server = Server(config, max_message_bytes=INTERNAL_MESSAGE_BYTES)
     worker_id = config.worker_id or f"worker-{uuid.uuid4().hex[:8]}"
-    face = Face(config, worker_id, WorkerMetrics(server.registry))
+    face = Face(config, worker_id, WorkerMetrics(server.registry, vllm_names=config.vllm_metrics))
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(face), server.grpc)
     memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(face), server.grpc)
     stop = asyncio.create_task(until_signal())
@@ -36,6 +36,8 @@ async def serve(config: WorkerConfig) -> None:
     readiness = asyncio.create_task(_follow_readiness(server, face, link))
     try:
         await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        readiness.cancel()
+        await server.drain()
         await link.drain()
         await _finish_streams(face, config.drain_seconds)
         face.streams.closing.set()

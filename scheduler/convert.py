@@ -38,7 +38,7 @@ _STATES: dict[int, RequestState | Ending] = {
     scheduler_pb2.REQUEST_STATE_FAILED: Ending.FAILED,
     scheduler_pb2.REQUEST_STATE_REVOKED: Ending.REVOKED,
 }
-_TIERS = {types_pb2.TIER_HOST: Tier.HOST, types_pb2.TIER_PAGES: Tier.PAGES}
+_TIERS = {types_pb2.TIER_STORE: Tier.STORE, types_pb2.TIER_HOST: Tier.HOST, types_pb2.TIER_PAGES: Tier.PAGES}
 _TIER_NUMBERS = {tier: number for number, tier in _TIERS.items()}
 
 
@@ -122,7 +122,9 @@ def from_residency(residency: Residency) -> scheduler_pb2.ResidentAdapter:
 def from_answer(answer: Placed | Refused) -> scheduler_pb2.ConnectResponse:
     key = _from_key(answer.key)
     if isinstance(answer, Placed):
-        return scheduler_pb2.ConnectResponse(placed=scheduler_pb2.Placed(key=key, worker_id=answer.worker_id))
+        tier = types_pb2.TIER_UNSPECIFIED if answer.tier is None else _TIER_NUMBERS[answer.tier]
+        placed = scheduler_pb2.Placed(key=key, worker_id=answer.worker_id, adapter_tier=tier)
+        return scheduler_pb2.ConnectResponse(placed=placed)
     return scheduler_pb2.ConnectResponse(refused=scheduler_pb2.Refused(key=key, error=_from_refusal(answer.refusal)))
 
 

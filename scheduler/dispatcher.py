@@ -11,7 +11,7 @@ from loraplex.v1 import scheduler_pb2, types_pb2
 from scheduler.convert import from_answer, from_commands, from_residency, to_hello, to_key, to_report, to_request
 from scheduler.core.explain import explain
 from scheduler.core.identity import IdentityMismatchError
-from scheduler.core.model import Decisions, Offer
+from scheduler.core.model import Decisions, Offer, Refused
 from scheduler.core.scheduler import ResidencyGapError, Scheduler
 from scheduler.core.settings import Settings
 from scheduler.metrics import SchedulerMetrics
@@ -66,6 +66,7 @@ class Dispatcher:
         peer = GatewayPeer(hello.gateway_id)
         self._gateways[peer.peer_id] = peer
         self._core.gateway_connected(peer.peer_id)
+        self._metrics.gateways.set(len(self._gateways))
         welcome = scheduler_pb2.SchedulerWelcome(scheduler_epoch=self._core.epoch)
         peer.send(scheduler_pb2.ConnectResponse(welcome=welcome))
         peer.send(self._worker_list())
@@ -77,6 +78,7 @@ class Dispatcher:
         """Its stream has ended. Does nothing when a newer stream has taken its place."""
         if self._gateways.get(peer.peer_id) is peer:
             del self._gateways[peer.peer_id]
+            self._metrics.gateways.set(len(self._gateways))
             self._core.gateway_lost(peer.peer_id, time.monotonic())
             self._changed.set()
             _log.info("gateway lost", extra={"gateway_id": peer.peer_id})
@@ -123,6 +125,7 @@ class Dispatcher:
         if self._workers.get(peer.peer_id) is peer:
             del self._workers[peer.peer_id]
             self._core.worker_lost(peer.peer_id, time.monotonic())
+            self._metrics.worker_lost(draining=peer.info.state == scheduler_pb2.WORKER_STATE_DRAINING)
             self._workers_changed()
             _log.warning("worker lost", extra={"worker_id": peer.peer_id})
 
@@ -193,6 +196,8 @@ class Dispatcher:
         for gateway_id, answers in decisions.answers.items():
             for answer in answers:
                 self._gateways[gateway_id].send(from_answer(answer))
+                if isinstance(answer, Refused):
+                    self._metrics.refused(answer.refusal)
 
     def _check_open(self) -> None:
         if self._closed:

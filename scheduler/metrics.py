@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from scheduler.core.model import Offer, Reason
+from scheduler.core.model import Offer, Reason, Refusal
 
 WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 DECISION_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.1)
@@ -51,6 +51,16 @@ class SchedulerMetrics:
             "Missing changes of residency: the worker registers anew",
             registry=registry,
         )
+        self._lost = Counter(
+            name("worker_lost_total"),
+            "Workers whose stream ended, by how",
+            ("reason",),
+            registry=registry,
+        )
+        self._refused = Counter(name("refusals_total"), "Requests refused, by code", ("code",), registry=registry)
+        self.gateways = Gauge(name("gateways"), "Connected gateways", registry=registry)
+        for how in ("exit", "deregistered"):
+            self._lost.labels(how)
         for reason in Reason:
             self._dispatched.labels(reason.value)
         self.set_model(UNKNOWN_MODEL)
@@ -75,6 +85,12 @@ class SchedulerMetrics:
     def set_workers(self, num_ready: int, num_draining: int) -> None:
         self._workers.labels("ready").set(num_ready)
         self._workers.labels("draining").set(num_draining)
+
+    def worker_lost(self, *, draining: bool) -> None:
+        self._lost.labels("deregistered" if draining else "exit").inc()
+
+    def refused(self, refusal: Refusal) -> None:
+        self._refused.labels(refusal.code).inc()
 
     def offered(self, offer: Offer) -> None:
         residency = offer.tier.value if offer.tier else "none"

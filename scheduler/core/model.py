@@ -240,6 +240,8 @@ class Placed:
 
     key: Key
     worker_id: str
+    # Where the worker has the adapter; None for the base model, and where it is an earlier offer.
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,7 +188,7 @@ class Scheduler:
         request.state = RequestState.OFFERED
         worker.add(request)
         request.offer_seq = worker.command(Offer(request, remaining, reason, tier, now - request.arrived))
-        self.requests.answer(request, Placed(request.key, worker.worker_id))
+        self.requests.answer(request, Placed(request.key, worker.worker_id, tier))
 
     def _expire(self, now: float) -> None:
         for worker in self.fleet.take_expired(now):

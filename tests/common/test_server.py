@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import urllib.request
@@ -131,6 +132,50 @@ async def test_the_ready_gauge_follows_readiness(server: Server) -> None:
 
 async def test_metrics_name_the_version(server: Server) -> None:
     assert f'loraplex_build_info{{version="{VERSION}"}} 1.0' in await metrics(server)
+
+
+def value_of(text: str, series: str) -> float:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{series} ")]
+    return float(line.split()[-1])
+
+
+async def test_the_exposition_says_how_many_series_it_has(server: Server) -> None:
+    text = await metrics(server)
+    shown = [line for line in text.splitlines() if not line.startswith("#")]
+    assert value_of(text, "loraplex_metrics_series") == len(shown)
+
+
+async def test_calls_are_timed_by_method_and_code(server: Server, channel: grpc.aio.Channel) -> None:
+    await health(channel, "liveness")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await health(channel, "nonsense")
+    text = await metrics(server)
+    counts = [
+        value_of(
+            text,
+            "rpc_server_call_duration_seconds_count"
+            f'{{rpc_method="grpc.health.v1.Health/Check",rpc_response_status_code="{code}"}}',
+        )
+        for code in ("OK", "NOT_FOUND")
+    ]
+    assert counts == [1, 1]
+
+
+async def test_a_method_that_is_not_served_adds_no_series(server: Server, channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await channel.unary_unary("/made.up/Method")(b"", timeout=TIMEOUT_SECONDS)
+    assert "made.up" not in await metrics(server)
+
+
+async def test_a_draining_server_says_so(server: Server) -> None:
+    before = value_of(await metrics(server), "loraplex_draining")
+    await server.drain()
+    assert (before, value_of(await metrics(server), "loraplex_draining")) == (0, 1)
+
+
+async def test_the_options_are_shown_as_a_hash_only(server: Server) -> None:
+    text = await metrics(server)
+    assert re.search(r'^loraplex_config_info\{hash="[0-9a-f]{12}"\} 1.0$', text, re.MULTILINE)
 
 
 async def test_a_taken_port_is_an_error_that_names_the_address(server: Server) -> None:

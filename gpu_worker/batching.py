@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.packing import PackedLayout
-from gpu_worker.memory.manager import MemoryManager, SharedPrefix
+from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.memory.prefix_cache import PrefixKeys
 from gpu_worker.sequence import Sequence, SequenceState
 
 
@@ -104,12 +105,22 @@ class Batcher:
         sequence.state = SequenceState.FINISHED
 
     def preempt(self, sequence: Sequence, last_step: int) -> None:
-        """Frees the pages of an admitted sequence and puts it back in line with its tokens kept."""
-        self._release(sequence, last_step)
+        """Takes the pages of an admitted sequence and puts it back in line with its tokens kept.
+
+        Its full pages stay in the prefix cache as long as nobody needs them.
+        """
+        self._release(sequence, last_step, returning=True)
         sequence.state = SequenceState.WAITING
         sequence.computed_tokens = 0
         sequence.preemptions += 1
         insort(self._waiting, (sequence.order_key, sequence.sequence_id))
+
+    def advance(self, chunk: Chunk) -> None:
+        """The chunk is computed; pages that it filled can be shared."""
+        sequence, page_size = chunk.sequence, self._memory.geometry.page_size
+        sequence.computed_tokens = chunk.start + chunk.length
+        if sequence.computed_tokens // page_size > chunk.start // page_size:
+            self._memory.publish(sequence.sequence_id, self._keys(sequence, sequence.computed_tokens))
 
     def adapter_loaded(self, adapter_version: str) -> list[Sequence]:
         """The adapter is in pages: its admitted sequences join the next step."""
@@ -148,15 +159,18 @@ class Batcher:
             if (sequence.adapter_version and layout is None) or (shares and not _prompt_computed(source)):
                 position += 1
                 continue
+            # The last token is computed in any case: its logits are wanted. So are those of a prompt to be described.
+            keys = [] if sequence.wants_prompt_logprobs else self._keys(sequence, sequence.num_tokens - 1)
+            cached = self._memory.cached_tokens(keys)
             # A resumed sequence would only be preempted again if it came back with less than its whole length.
-            tokens = sequence.num_tokens if sequence.preemptions else min(sequence.num_tokens, self._max_step_tokens)
+            most = sequence.num_tokens if sequence.preemptions else cached + self._max_step_tokens
+            tokens = min(sequence.num_tokens, most)
             resident = self._memory.adapters.get(sequence.adapter_version) if layout else None
-            shared = SharedPrefix(source.sequence_id, len(source.prompt_token_ids) - 1) if source and shares else None
-            if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout, shared):
+            if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout, keys):
                 return
-            if shared:
-                page_size = self._memory.geometry.page_size
-                sequence.computed_tokens = shared.num_tokens // page_size * page_size
+            sequence.computed_tokens = cached
+            if not sequence.preemptions:
+                sequence.cached_tokens = min(cached, len(sequence.prompt_token_ids))
             if layout and resident is None:
                 plan.loads.append(sequence.adapter_version)
             ready = layout is None or (resident is not None and not resident.loading)
@@ -177,9 +191,19 @@ class Batcher:
                 return False
         return True
 
-    def _release(self, sequence: Sequence, last_step: int) -> None:
+    def _release(self, sequence: Sequence, last_step: int, *, returning: bool = False) -> None:
         del self._running[sequence.sequence_id]
-        self._memory.release(sequence.sequence_id, sequence.adapter_version, last_step)
+        self._memory.release(sequence.sequence_id, sequence.adapter_version, last_step, returning=returning)
+
+    def _keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """Prefix keys of the full pages among the first `num_tokens`, which are known."""
+        page_size = self._memory.geometry.page_size
+        if sequence.prefix_keys is None:
+            sequence.prefix_keys = PrefixKeys(sequence.adapter_version, sequence.isolation_salt, page_size)
+        keys, num_pages = sequence.prefix_keys.keys, num_tokens // page_size
+        if len(keys) < num_pages:
+            sequence.prefix_keys.extend(sequence.token_ids(len(keys) * page_size, num_pages * page_size))
+        return keys[:num_pages]
 
 
 def _prompt_computed(source: Sequence | None) -> bool:

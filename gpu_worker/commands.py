@@ -233,7 +233,7 @@ class CommandProcessor:
             self._fail_adapter(done.adapter_version, error)
             self._memory.drop_failed(done.adapter_version)
             return
-        self._memory.finish_loading(done.adapter_version)
+        self._memory.finish_loading(done.adapter_version, done.seconds)
         self.loads += 1
         if (adapter := self._memory.adapters.get(done.adapter_version)) is not None:
             self._outbox.loaded(adapter, done.seconds)

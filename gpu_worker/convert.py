@@ -36,6 +36,8 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[
             sampling=_sampling(request, index),
             stopping=stopping,
             adapter_version=request.adapter_version,
+            # Without a salt nothing would keep tenants apart.
+            isolation_salt=request.isolation_salt or request.key.tenant,
             output_index=index,
             outputs=outputs,
         )
@@ -79,6 +81,7 @@ def to_cost(sequence: Sequence, now: float) -> types_pb2.Usage:
     return types_pb2.Usage(
         prompt_tokens=len(sequence.prompt_token_ids),
         completion_tokens=sum(len(output.output_token_ids) for output in sequence.outputs),
+        cached_tokens=sequence.outputs[0].cached_tokens,
         queue_seconds=admitted - timings.offered,
         load_seconds=loaded - admitted,
         prefill_seconds=first_token - loaded,

@@ -99,6 +99,9 @@ class Engine:
         output = self._runner.run(plan.chunks, self._step)
         self._memory.complete(self._step)
         stats = self._stats(plan, output, planned - started)
+        if stats.prefill_tokens:
+            share = stats.prefill_tokens / (stats.prefill_tokens + stats.decode_tokens)
+            self._memory.costs.prefilled(stats.prefill_tokens, output.forward_seconds * share)
         for chunk in plan.chunks:
             self._advance(chunk, output)
         return stats
@@ -121,7 +124,7 @@ class Engine:
     def _advance(self, chunk: Chunk, output: StepOutput) -> None:
         """Books a computed chunk; a sequence that got a token may have ended with it."""
         sequence = chunk.sequence
-        sequence.computed_tokens = chunk.start + chunk.length
+        self._batcher.advance(chunk)
         sequence.prompt_logprobs.extend(output.prompt_logprobs.get(sequence.sequence_id, ()))
         draw = output.draws.get(sequence.sequence_id)
         if draw is None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from gpu_worker.memory.prefix_cache import PrefixKeys
+
 
 class SequenceState(Enum):
     """WAITING holds no pages; LOADING holds pages and waits for its adapter; RUNNING may be in the next step."""
@@ -85,6 +87,8 @@ class Sequence:
     stopping: StoppingParams
     # Empty for the base model.
     adapter_version: str = ""
+    # Only sequences of one salt and adapter share prefix pages.
+    isolation_salt: str = ""
     output_index: int = 0
     # All outputs of the attempt by index; a new one joins. Output 0 computes the prompt that the others share.
     outputs: "list[Sequence]" = field(default_factory=list)
@@ -93,6 +97,10 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     # Tokens whose KV is in pages.
     computed_tokens: int = 0
+    # Prompt tokens that were in pages already when the sequence was first admitted.
+    cached_tokens: int = 0
+    # Of its full pages, as far as anybody asked.
+    prefix_keys: PrefixKeys | None = None
     preemptions: int = 0
     timings: Timings = field(default_factory=Timings)
 

@@ -1,4 +1,4 @@
-"""Adapters in pages: loading, in use, or cold and evictable in least recently used order."""
+"""Adapters in pages: loading, in use, or cold and in the eviction queue."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from common.packing import MODULE_INDEX, MODULES, PackedLayout
 from gpu_worker.memory.allocator import PageAllocator, PageKind
+from gpu_worker.memory.costs import MAX_KNOWN_ADAPTERS, CostModel
+from gpu_worker.memory.eviction import Candidate, EvictionQueue
 from gpu_worker.memory.geometry import PageGeometry
 
 
@@ -39,8 +41,8 @@ class ModuleTable:
         return table
 
 
-@dataclass(slots=True)
-class ResidentAdapter:
+@dataclass(slots=True, eq=False)
+class ResidentAdapter(Candidate):
     """One adapter's pages. `sequence_pins` counts admitted sequences; an operator's pin adds `operator_pinned`."""
 
     # Never used twice: pages of another load are another adapter to whoever remembers tables.
@@ -52,23 +54,34 @@ class ResidentAdapter:
     loading: bool = True
     sequence_pins: int = 0
     operator_pinned: bool = False
-    # The last launched step that may read the pages.
-    last_step: int = 0
 
     @property
-    def evictable(self) -> bool:
+    def num_pages(self) -> int:
+        return len(self.pages)
+
+    @property
+    def cold(self) -> bool:
+        """Resident and used by nobody."""
         return not (self.loading or self.sequence_pins or self.operator_pinned)
 
 
 class AdapterCache:
     """Adapters by digest. No slot, no maximal rank: an adapter takes the pages its bytes take."""
 
-    def __init__(self, geometry: PageGeometry, allocator: PageAllocator) -> None:
+    def __init__(
+        self, geometry: PageGeometry, allocator: PageAllocator, queue: EvictionQueue, costs: CostModel
+    ) -> None:
         self._geometry = geometry
         self._allocator = allocator
+        self._queue = queue
+        self._costs = costs
         self._loads = 0
-        # least recently used first
-        self._adapters: OrderedDict[str, ResidentAdapter] = OrderedDict()
+        self._adapters: dict[str, ResidentAdapter] = {}
+        # (demand, demand_at) of adapters that are not resident, the last to leave last
+        self._remembered: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
     def __iter__(self) -> Iterator[ResidentAdapter]:
         return iter(self._adapters.values())
@@ -83,6 +96,7 @@ class AdapterCache:
         table = ModuleTable.of(layout, self._geometry.num_layers)
         self._loads += 1
         adapter = ResidentAdapter(self._loads, adapter_version, layout, table, pages)
+        adapter.demand, adapter.demand_at = self._remembered.pop(adapter_version, (0.0, 0))
         self._adapters[adapter_version] = adapter
         return adapter
 
@@ -90,23 +104,32 @@ class AdapterCache:
         adapter = self._adapters[adapter_version]
         adapter.loading = False
         self._allocator.relabel(adapter.pages, PageKind.ADAPTER)
+        self._rest(adapter)
         return adapter
+
+    def acquire(self, adapter: ResidentAdapter) -> None:
+        """One more admitted sequence uses the adapter."""
+        adapter.sequence_pins += 1
+        self._queue.wanted(adapter)
+        self._queue.discard(adapter)
+
+    def release(self, adapter: ResidentAdapter) -> None:
+        """An admitted sequence uses the adapter no more; it stays until its pages are needed."""
+        adapter.sequence_pins -= 1
+        self._rest(adapter)
 
     def touch(self, adapter_version: str, step: int) -> None:
         """A launched step reads the adapter."""
         self._adapters[adapter_version].last_step = step
-        self._adapters.move_to_end(adapter_version)
 
     def set_operator_pin(self, adapter_version: str, *, pinned: bool) -> None:
         """Keeps an adapter in pages, or no longer. Raises KeyError when it is not resident, or not yet."""
-        if self._adapters[adapter_version].loading:
+        adapter = self._adapters[adapter_version]
+        if adapter.loading:
             raise KeyError(adapter_version)
-        self._adapters[adapter_version].operator_pinned = pinned
-
-    def evictable(self) -> Iterator[ResidentAdapter]:
-        """Cold adapters whose last step has completed, least recently used first."""
-        completed = self._allocator.completed_step
-        return (adapter for adapter in self._adapters.values() if adapter.evictable and adapter.last_step <= completed)
+        self._queue.discard(adapter)
+        adapter.operator_pinned = pinned
+        self._rest(adapter)
 
     def remove(self, adapter_version: str) -> ResidentAdapter:
         """Frees the adapter's pages. Raises AdapterInUseError saying by whom it is held."""
@@ -116,5 +139,15 @@ class AdapterCache:
         if adapter.operator_pinned:
             raise AdapterInUseError("an operator pinned the adapter")
         del self._adapters[adapter_version]
+        self._queue.discard(adapter)
         self._allocator.free(adapter.pages, adapter.last_step)
+        self._remembered[adapter_version] = adapter.demand, adapter.demand_at
+        if len(self._remembered) > MAX_KNOWN_ADAPTERS:
+            self._remembered.popitem(last=False)
         return adapter
+
+    def _rest(self, adapter: ResidentAdapter) -> None:
+        """Puts the adapter in the eviction queue when it is cold."""
+        if adapter.cold:
+            seconds = self._costs.load_seconds(adapter.adapter_version, adapter.layout.total_bytes)
+            self._queue.add(adapter, seconds)

@@ -1,71 +1,75 @@
 """Page tables of the sequences that hold KV."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from gpu_worker.memory.allocator import IntegrityError, PageAllocator, PageKind
+from gpu_worker.memory.allocator import PageAllocator, PageKind
 from gpu_worker.memory.geometry import PageGeometry
+from gpu_worker.memory.prefix_cache import PrefixCache, PrefixPage
+
+
+@dataclass(slots=True)
+class _Table:
+    pages: list[int] = field(default_factory=list)
+    # The cached pages that have the keys of the first ones: the same pages, or twins where another sequence was first.
+    prefix: list[PrefixPage] = field(default_factory=list)
+
+    def own_pages(self) -> list[int]:
+        """Pages that are no other table's and not in the prefix cache."""
+        twins = [page for page, cached in zip(self.pages, self.prefix, strict=False) if page != cached.page]
+        return twins + self.pages[len(self.prefix) :]
 
 
 class KVCache:
     """One page table a sequence; token `t` is in slot `table[t // page_size] * page_size + t % page_size`.
 
-    Outputs of one prompt share its full pages: such a page is freed when the last of them lets go.
+    Full pages are shared through the prefix cache. A page that is not full is not: its owner still writes to it.
     """
 
-    def __init__(self, geometry: PageGeometry, allocator: PageAllocator) -> None:
+    def __init__(self, geometry: PageGeometry, allocator: PageAllocator, prefixes: PrefixCache) -> None:
         self._geometry = geometry
         self._allocator = allocator
-        self._tables: dict[str, list[int]] = {}
-        # page -> tables that hold it, for pages in more than one
-        self._shared: Counter[int] = Counter()
+        self._prefixes = prefixes
+        self._tables: dict[str, _Table] = {}
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._tables
 
     def page_table(self, sequence_id: str) -> Sequence[int]:
-        return self._tables[sequence_id]
+        """Pages in order. Entries never change while the sequence holds them; more are appended."""
+        return self._tables[sequence_id].pages
 
-    def owned_pages(self) -> Iterator[int]:
-        """Every page that holds KV, once."""
-        return iter({page for table in self._tables.values() for page in table})
+    def own_pages(self) -> Iterator[int]:
+        """Pages that belong to one table alone."""
+        return (page for table in self._tables.values() for page in table.own_pages())
 
-    def share(self, source_id: str, sequence_id: str, num_tokens: int) -> int:
-        """Starts a table with the full pages of the first `num_tokens` of another; returns the tokens they hold.
+    def prefixes(self) -> Iterator[Sequence[PrefixPage]]:
+        """What each table holds of the prefix cache."""
+        return (table.prefix for table in self._tables.values())
 
-        Those tokens must have been computed. A page that is not full is not shared: its owner still writes to it.
-        """
-        pages = self._tables[source_id][: num_tokens // self._geometry.page_size]
-        for page in pages:
-            self._shared[page] = max(2, self._shared[page] + 1)
-        self._tables[sequence_id] = list(pages)
-        return len(pages) * self._geometry.page_size
+    def start(self, sequence_id: str, cached: Sequence[PrefixPage]) -> None:
+        """Opens a table that begins with cached pages."""
+        for page in cached:
+            self._prefixes.acquire(page)
+        self._tables[sequence_id] = _Table([page.page for page in cached], list(cached))
 
-    def check_integrity(self) -> None:
-        """Raises IntegrityError when a page is in more tables than it is shared by."""
-        holders = Counter(page for table in self._tables.values() for page in table)
-        for page, count in holders.items():
-            if count != self._shared.get(page, 1):
-                raise IntegrityError(f"page {page} is in {count} tables, {self._shared.get(page, 1)} are booked")
+    def room(self, sequence_id: str) -> int:
+        """Tokens that the sequence's pages can hold."""
+        return len(self._tables[sequence_id].pages) * self._geometry.page_size
 
-    def missing_pages(self, sequence_id: str, num_tokens: int) -> int:
-        """Pages still needed to hold `num_tokens` of the sequence."""
-        held = len(self._tables.get(sequence_id, ()))
-        return max(0, self._geometry.pages_for_tokens(num_tokens) - held)
+    def extend(self, sequence_id: str, num_pages: int) -> None:
+        """Appends pages. Raises OutOfPagesError, having taken none, when pages are short."""
+        self._tables[sequence_id].pages += self._allocator.allocate(num_pages, PageKind.KV)
 
-    def extend(self, sequence_id: str, num_tokens: int) -> None:
-        """Makes room for `num_tokens` in all. Raises OutOfPagesError, having taken none, when pages are short."""
-        pages = self._allocator.allocate(self.missing_pages(sequence_id, num_tokens), PageKind.KV)
-        self._tables.setdefault(sequence_id, []).extend(pages)
+    def publish(self, sequence_id: str, keys: Sequence[bytes]) -> None:
+        """The sequence's first pages, one for each key, are full and computed: others may begin with them."""
+        table = self._tables[sequence_id]
+        for index in range(len(table.prefix), len(keys)):
+            parent = table.prefix[-1] if table.prefix else None
+            table.prefix.append(self._prefixes.publish(keys[index], table.pages[index], parent))
 
-    def release(self, sequence_id: str, last_step: int) -> None:
-        """Frees the sequence's pages that no other shares; launched step `last_step` may still touch them."""
-        freed = []
-        for page in self._tables.pop(sequence_id):
-            if page not in self._shared:
-                freed.append(page)
-                continue
-            self._shared[page] -= 1
-            if self._shared[page] == 1:
-                del self._shared[page]
-        self._allocator.free(freed, last_step)
+    def release(self, sequence_id: str, last_step: int, *, returning: bool = False) -> None:
+        """Frees the sequence's own pages and lets go of the cached ones; launched step `last_step` may touch them."""
+        table = self._tables.pop(sequence_id)
+        self._allocator.free(table.own_pages(), last_step)
+        self._prefixes.release(table.prefix, last_step, returning=returning)

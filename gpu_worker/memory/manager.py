@@ -1,13 +1,16 @@
 """The façade of the memory manager. Its calls are applied by the engine between steps, from one thread."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from common.packing import PackedLayout
 from gpu_worker.memory.adapter_cache import AdapterCache, AdapterInUseError, ResidentAdapter
 from gpu_worker.memory.allocator import PageAllocator, PageCounts, PageKind
+from gpu_worker.memory.costs import CostModel
+from gpu_worker.memory.eviction import EvictionPolicy, EvictionQueue, GreedyDual
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.kv_cache import KVCache
+from gpu_worker.memory.prefix_cache import PrefixCache, PrefixPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +23,31 @@ class ResidencyChange:
     num_pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPrefix:
-    """The first `num_tokens` of an admitted sequence, computed, which another begins with too."""
-
-    sequence_id: str
-    num_tokens: int
-
-
 class MemoryManager:
-    """Pages of one pool, shared by running sequences and resident adapters.
+    """Pages of one pool, shared by running sequences, cached prefixes and resident adapters.
 
-    Running sequences and the adapters they use are pinned; cold adapters yield, least recently used first.
+    What running sequences hold and the adapters they use are pinned. Cold adapters and unreferenced prefix pages yield,
+    in the order of one policy.
     """
 
-    def __init__(self, geometry: PageGeometry, num_pages: int) -> None:
+    def __init__(self, geometry: PageGeometry, num_pages: int, policy: EvictionPolicy | None = None) -> None:
         self.geometry = geometry
         self.num_pages = num_pages
+        self.costs = CostModel()
+        self._queue = EvictionQueue(policy or GreedyDual())
         self._allocator = PageAllocator(num_pages)
-        self.kv = KVCache(geometry, self._allocator)
-        self.adapters = AdapterCache(geometry, self._allocator)
+        self.prefixes = PrefixCache(self._allocator, self._queue, self.costs, geometry.page_size)
+        self.kv = KVCache(geometry, self._allocator, self.prefixes)
+        self.adapters = AdapterCache(geometry, self._allocator, self._queue, self.costs)
         self._changes: list[ResidencyChange] = []
         self._change_sequence = 0
+        # Adapters and prefix pages whose pages were taken.
         self.evictions = 0
+        self.prefix_evictions = 0
+
+    def cached_tokens(self, keys: Sequence[bytes]) -> int:
+        """Tokens of a sequence with these prefix keys whose KV is in pages."""
+        return len(self.prefixes.match(keys)) * self.geometry.page_size
 
     def admit(
         self,
@@ -50,45 +55,76 @@ class MemoryManager:
         num_tokens: int,
         adapter_version: str,
         layout: PackedLayout | None,
-        shared: SharedPrefix | None = None,
+        keys: Sequence[bytes] = (),
     ) -> bool:
         """Reserves KV for `num_tokens` and the adapter's pages, both or nothing, and pins the adapter.
 
-        `layout` is that of the adapter; None with an empty `adapter_version` means the base model. The full pages of
-        `shared` are taken over instead of allocated. False when even evicting every cold adapter would not make room.
+        `layout` is that of the adapter; None with an empty `adapter_version` means the base model. The sequence begins
+        with the cached pages that `keys` name, `cached_tokens(keys)` in all, at most as many as `num_tokens` take.
+        False when even evicting whatever can be evicted would not make room.
         """
+        cached = self.prefixes.match(keys)
         resident = self.adapters.get(adapter_version) if layout else None
-        shared_pages = shared.num_tokens // self.geometry.page_size if shared else 0
-        need = max(0, self.geometry.pages_for_tokens(num_tokens) - shared_pages)
+        num_pages = need = self.geometry.pages_for_tokens(num_tokens) - len(cached)
         if layout and resident is None:
             need += self.geometry.pages_for_bytes(layout.total_bytes)
-        if not self._make_room(need, keep=adapter_version):
+        # What the sequence itself is about to hold cannot be evicted for it.
+        kept = sum(page.evictable for page in cached)
+        if resident and resident.evictable:
+            kept += resident.num_pages
+        if need > self._allocator.num_free + self._queue.evictable_pages - kept:
             return False
-        if shared:
-            self.kv.share(shared.sequence_id, sequence_id, shared.num_tokens)
-        self.kv.extend(sequence_id, num_tokens)
-        if layout:
-            adapter = resident or self.adapters.add_loading(adapter_version, layout)
-            adapter.sequence_pins += 1
+        self._queue.tick()
+        self.kv.start(sequence_id, cached)
+        if resident:
+            self.adapters.acquire(resident)
+        self._make_room(need)
+        self.kv.extend(sequence_id, num_pages)
+        if layout and resident is None:
+            self.adapters.acquire(self.adapters.add_loading(adapter_version, layout))
+        return True
+
+    def prefetch(self, adapter_version: str, layout: PackedLayout) -> bool:
+        """Reserves pages for an adapter that a waiting request will need; the caller then copies it there.
+
+        False, with nothing taken, when it is here already or even evicting whatever can be evicted would not make room.
+        """
+        need = self.geometry.pages_for_bytes(layout.total_bytes)
+        if self.adapters.get(adapter_version) or not self._make_room(need):
+            return False
+        self._queue.wanted(self.adapters.add_loading(adapter_version, layout))
         return True
 
     def grow(self, sequence_id: str, num_tokens: int) -> bool:
         """Makes room for `num_tokens` of an admitted sequence; False, with nothing taken, when pages are short."""
-        if not self._make_room(self.kv.missing_pages(sequence_id, num_tokens)):
+        missing = num_tokens - self.kv.room(sequence_id)
+        if missing <= 0:
+            return True
+        num_pages = self.geometry.pages_for_tokens(missing)
+        if not self._make_room(num_pages):
             return False
-        self.kv.extend(sequence_id, num_tokens)
+        self.kv.extend(sequence_id, num_pages)
         return True
 
-    def release(self, sequence_id: str, adapter_version: str, last_step: int) -> None:
-        """Frees the sequence's KV and unpins its adapter, which stays resident until its pages are needed."""
-        self.kv.release(sequence_id, last_step)
-        if adapter := self.adapters.get(adapter_version):
-            adapter.sequence_pins -= 1
+    def publish(self, sequence_id: str, keys: Sequence[bytes]) -> None:
+        """The first pages of an admitted sequence, one for each key, are full and computed: others may share them."""
+        self.kv.publish(sequence_id, keys)
 
-    def finish_loading(self, adapter_version: str) -> None:
-        """The adapter's bytes are in its pages."""
-        adapter = self.adapters.finish_loading(adapter_version)
-        self._record(adapter, resident=True)
+    def release(self, sequence_id: str, adapter_version: str, last_step: int, *, returning: bool = False) -> None:
+        """Ends an admission: full pages stay as prefix pages and the adapter as a cold one until pages are needed.
+
+        `returning`: the sequence was preempted and will want its pages again.
+        """
+        self.kv.release(sequence_id, last_step, returning=returning)
+        if adapter := self.adapters.get(adapter_version):
+            self.adapters.release(adapter)
+
+    def finish_loading(self, adapter_version: str, seconds: float = 0.0) -> None:
+        """The adapter's bytes are in its pages; bringing them there took `seconds`, 0 when that was not measured."""
+        adapter = self.adapters.get(adapter_version)
+        if adapter and seconds:
+            self.costs.loaded(adapter_version, adapter.layout.total_bytes, seconds)
+        self._record(self.adapters.finish_loading(adapter_version), resident=True)
 
     def drop_failed(self, adapter_version: str) -> None:
         """Frees the pages of an adapter that could not be loaded; its sequences must have been released."""
@@ -103,18 +139,20 @@ class MemoryManager:
             raise AdapterInUseError("the adapter is being loaded")
         self.adapters.remove(adapter_version)
         self._record(adapter, resident=False)
-        return len(adapter.pages)
+        return adapter.num_pages
 
     def complete(self, step: int) -> None:
-        """Launched step `step` has completed: its quarantined pages are free."""
+        """Launched step `step` has completed: its quarantined pages are free, what it touched last is evictable."""
         self._allocator.complete(step)
+        self._queue.complete(step)
 
     def counts(self) -> PageCounts:
         return self._allocator.counts()
 
     @property
     def evictable_pages(self) -> int:
-        return sum(len(adapter.pages) for adapter in self.adapters.evictable())
+        """Pages of cold adapters and unreferenced prefixes that no step in flight touches."""
+        return self._queue.evictable_pages
 
     def take_changes(self) -> list[ResidencyChange]:
         """Changes of residency since the last call."""
@@ -124,34 +162,32 @@ class MemoryManager:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless free + quarantined + loading + kv + prefix + adapters = all, one owner each."""
         self._allocator.check_integrity(self._owned())
-        self.kv.check_integrity()
+        self.prefixes.check_integrity(self.kv.prefixes())
+        self._queue.check_integrity([*self.adapters, *self.prefixes])
 
     def _owned(self) -> Iterator[tuple[PageKind, list[int]]]:
-        yield PageKind.KV, list(self.kv.owned_pages())
+        yield PageKind.KV, list(self.kv.own_pages())
+        for page in self.prefixes:
+            yield (PageKind.KV if page.references else PageKind.PREFIX), [page.page]
         for adapter in self.adapters:
             yield (PageKind.LOADING if adapter.loading else PageKind.ADAPTER), adapter.pages
 
-    def _make_room(self, num_pages: int, keep: str = "") -> bool:
-        """Evicts cold adapters other than `keep` until `num_pages` are free; none when that cannot suffice."""
-        short = num_pages - self._allocator.num_free
-        if short <= 0:
-            return True
-        victims = []
-        for adapter in self.adapters.evictable():
-            if short <= 0:
-                break
-            if adapter.adapter_version != keep:
-                victims.append(adapter.adapter_version)
-                short -= len(adapter.pages)
-        if short > 0:
+    def _make_room(self, num_pages: int) -> bool:
+        """Evicts until `num_pages` are free; nothing when that cannot suffice."""
+        if num_pages > self._allocator.num_free + self._queue.evictable_pages:
             return False
-        for adapter_version in victims:
-            self.evict(adapter_version)
-            self.evictions += 1
+        while num_pages > self._allocator.num_free:
+            victim = self._queue.pop()
+            if isinstance(victim, ResidentAdapter):
+                self.evict(victim.adapter_version)
+                self.evictions += 1
+            elif isinstance(victim, PrefixPage):
+                self.prefixes.evict(victim)
+                self.prefix_evictions += 1
         return True
 
     def _record(self, adapter: ResidentAdapter, *, resident: bool) -> None:
         self._change_sequence += 1
         self._changes.append(
-            ResidencyChange(self._change_sequence, adapter.adapter_version, resident, len(adapter.pages))
+            ResidencyChange(self._change_sequence, adapter.adapter_version, resident, adapter.num_pages)
         )

@@ -158,9 +158,11 @@ def new_offer(
     min_tokens: int = 0,
     stop_token_ids: Sequence[int] = (),
     output: types_pb2.OutputParams | None = None,
+    tenant: str = "default",
+    isolation_salt: str = "",
 ) -> scheduler_pb2.Offer:
     request = types_pb2.RequestSpec(
-        key=types_pb2.RequestKey(request_id=name, attempt=attempt, tenant="default"),
+        key=types_pb2.RequestKey(request_id=name, attempt=attempt, tenant=tenant),
         gateway_id=gateway,
         adapter_version=adapter,
         adapter_bytes=adapter_bytes,
@@ -171,6 +173,7 @@ def new_offer(
             max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids
         ),
         output=output,
+        isolation_salt=isolation_salt,
     )
     return scheduler_pb2.Offer(request=request, order_key=order_key)
 

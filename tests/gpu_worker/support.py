@@ -21,6 +21,7 @@ def waiting_sequence(
     order_key: int = 0,
     adapter_version: str = "",
     gateway_id: str = "gateway",
+    first_token: int = 0,
 ) -> Sequence:
     return Sequence(
         request_id=name,
@@ -28,7 +29,7 @@ def waiting_sequence(
         tenant="default",
         gateway_id=gateway_id,
         order_key=order_key,
-        prompt_token_ids=list(range(num_prompt_tokens)),
+        prompt_token_ids=list(range(first_token, first_token + num_prompt_tokens)),
         output_token_ids=[],
         num_delivered=0,
         sampling=SamplingParams(temperature=0.0, seed=0),

@@ -11,6 +11,7 @@ from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.sequence import Sequence, SequenceState
 from tests.gpu_worker.support import SMALL_PAGES, layout_of_pages, waiting_sequence
 
+PAGE = SMALL_PAGES.page_size
 ADAPTERS = {"": 0, "one": 1, "two": 2, "four": 4}
 
 
@@ -21,6 +22,8 @@ class Spec:
     adapter: str
     arrives: int
     order_key: int
+    # prompts of one topic begin alike
+    topic: int = 0
 
     @property
     def num_pages(self) -> int:
@@ -51,6 +54,7 @@ specs = st.builds(
     adapter=st.sampled_from(sorted(ADAPTERS)),
     arrives=st.integers(0, 12),
     order_key=st.integers(0, 5),
+    topic=st.integers(0, 2),
 )
 scenarios = st.builds(
     Scenario,
@@ -75,6 +79,8 @@ class Fleet:
     # what this test knows to be computed of each sequence
     computed: dict[str, int] = field(default_factory=dict)
     preemptions: int = 0
+    # tokens that nobody had to compute
+    cached: int = 0
 
     def __post_init__(self) -> None:
         self.memory = MemoryManager(SMALL_PAGES, self.scenario.num_pages)
@@ -113,6 +119,7 @@ class Fleet:
                     max_tokens=spec.max_tokens,
                     order_key=spec.order_key,
                     adapter_version=spec.adapter,
+                    first_token=spec.topic,
                 )
                 self.batcher.add(sequence)
                 self.at_hand.setdefault(spec.adapter, self.step + self.scenario.fetch_steps)
@@ -158,15 +165,20 @@ class Fleet:
             assert any(seq.order_key == oldest and seq.sequence_id in in_step for seq in ready), "the oldest stands"
 
     def compute(self, plan: StepPlan) -> None:
-        for sequence in plan.preempted:
-            self.preemptions += 1
-            self.computed[sequence.sequence_id] = 0
+        self.preemptions += len(plan.preempted)
+        for sequence in plan.admitted:
+            cached = sequence.computed_tokens
+            assert cached % PAGE == 0, "a page that is not full was shared"
+            assert cached < sequence.num_tokens, "nothing left to draw a token from"
+            self.computed[sequence.sequence_id] = cached
+            self.cached += cached
         for chunk in plan.chunks:
             sequence = chunk.sequence
             assert chunk.start == self.computed.get(sequence.sequence_id, 0), "a token left out or computed twice"
             assert chunk.length > 0
             samples = chunk.samples
-            self.computed[sequence.sequence_id] = sequence.computed_tokens = chunk.start + chunk.length
+            self.batcher.advance(chunk)
+            self.computed[sequence.sequence_id] = chunk.start + chunk.length
             held = len(self.memory.kv.page_table(sequence.sequence_id))
             assert held >= SMALL_PAGES.pages_for_tokens(sequence.computed_tokens), "KV without a page"
             if samples:
@@ -182,13 +194,21 @@ def test_everything_finishes_in_order_with_every_token_computed_once(scenario: S
     fleet = Fleet(scenario)
     fleet.run()
     counts = fleet.memory.counts()
-    assert counts.free + counts.adapters == counts.total
-    assert fleet.memory.evictable_pages == counts.adapters
+    assert counts.free + counts.adapters + counts.prefix == counts.total
+    assert fleet.memory.evictable_pages == counts.adapters + counts.prefix
 
 
 def test_the_scenarios_do_preempt() -> None:
     """The smallest scenario of two sequences that collide; without preemption the test above would prove little."""
-    pair = [Spec(4, 12, "", 0, 0), Spec(4, 12, "", 0, 1)]
+    pair = [Spec(4, 12, "", 0, order_key, topic=order_key) for order_key in range(2)]
     fleet = Fleet(Scenario(pair, spare_pages=1, max_step_tokens=8, max_sequences=2, fetch_steps=0, load_steps=1))
     fleet.run()
     assert fleet.preemptions == 1
+
+
+def test_the_scenarios_do_share() -> None:
+    """Without a hit the test above would prove little too."""
+    pair = [Spec(12, 2, "", arrives, 0) for arrives in (0, 4)]
+    fleet = Fleet(Scenario(pair, spare_pages=1, max_step_tokens=16, max_sequences=2, fetch_steps=0, load_steps=1))
+    fleet.run()
+    assert fleet.cached == 8

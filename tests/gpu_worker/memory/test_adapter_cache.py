@@ -3,8 +3,10 @@
 import pytest
 
 from common.packing import MODULE_INDEX, ModuleSpec, plan
-from gpu_worker.memory.adapter_cache import AdapterCache, AdapterInUseError, ModuleTable
+from gpu_worker.memory.adapter_cache import AdapterCache, AdapterInUseError, ModuleTable, ResidentAdapter
 from gpu_worker.memory.allocator import OutOfPagesError, PageAllocator, PageKind
+from gpu_worker.memory.costs import CostModel
+from gpu_worker.memory.eviction import EvictionQueue, GreedyDual
 from tests.gpu_worker.support import SMALL_PAGES, layout_of_pages
 
 NUM_PAGES = 10
@@ -16,17 +18,22 @@ def allocator() -> PageAllocator:
 
 
 @pytest.fixture
-def cache(allocator: PageAllocator) -> AdapterCache:
-    return AdapterCache(SMALL_PAGES, allocator)
+def queue() -> EvictionQueue:
+    return EvictionQueue(GreedyDual())
 
 
-def load(cache: AdapterCache, name: str, num_pages: int = 2) -> None:
+@pytest.fixture
+def cache(allocator: PageAllocator, queue: EvictionQueue) -> AdapterCache:
+    return AdapterCache(SMALL_PAGES, allocator, queue, CostModel())
+
+
+def load(cache: AdapterCache, name: str, num_pages: int = 2) -> ResidentAdapter:
     cache.add_loading(name, layout_of_pages(num_pages))
-    cache.finish_loading(name)
+    return cache.finish_loading(name)
 
 
 def evictable(cache: AdapterCache) -> list[str]:
-    return [adapter.adapter_version for adapter in cache.evictable()]
+    return [adapter.adapter_version for adapter in cache if adapter.evictable]
 
 
 def test_an_adapter_takes_the_pages_its_bytes_take(cache: AdapterCache, allocator: PageAllocator) -> None:
@@ -60,9 +67,18 @@ def test_a_loading_adapter_is_not_evictable(cache: AdapterCache) -> None:
 
 
 def test_a_used_adapter_is_not_evictable(cache: AdapterCache) -> None:
-    load(cache, "a")
-    cache.finish_loading("a").sequence_pins = 1
+    cache.acquire(load(cache, "a"))
     assert evictable(cache) == []
+
+
+def test_an_adapter_whose_last_user_left_is_evictable(cache: AdapterCache, queue: EvictionQueue) -> None:
+    adapter = load(cache, "a", 3)
+    for _ in range(2):
+        cache.acquire(adapter)
+    cache.release(adapter)
+    used = queue.evictable_pages
+    cache.release(adapter)
+    assert (used, queue.evictable_pages) == (0, 3)
 
 
 def test_a_pinned_adapter_is_not_evictable(cache: AdapterCache) -> None:
@@ -78,18 +94,13 @@ def test_an_unpinned_adapter_is_evictable_again(cache: AdapterCache) -> None:
     assert evictable(cache) == ["a"]
 
 
-def test_the_least_recently_used_adapter_goes_first(cache: AdapterCache) -> None:
-    for name in "abc":
-        load(cache, name)
-    cache.touch("a", step=0)
-    assert evictable(cache) == ["b", "c", "a"]
-
-
-def test_an_adapter_that_a_launched_step_reads_is_not_evictable(cache: AdapterCache, allocator: PageAllocator) -> None:
-    load(cache, "a")
+def test_an_adapter_that_a_launched_step_reads_is_not_evictable(cache: AdapterCache, queue: EvictionQueue) -> None:
+    adapter = load(cache, "a")
+    cache.acquire(adapter)
     cache.touch("a", step=1)
+    cache.release(adapter)
     before = evictable(cache)
-    allocator.complete(1)
+    queue.complete(1)
     assert (before, evictable(cache)) == ([], ["a"])
 
 
@@ -100,9 +111,19 @@ def test_removed_pages_wait_for_the_step_that_reads_them(cache: AdapterCache, al
     assert allocator.counts().quarantined == 2
 
 
+def test_an_adapter_that_comes_back_is_still_known_to_be_wanted(cache: AdapterCache) -> None:
+    for _ in range(3):
+        adapter = load(cache, "a")
+        cache.acquire(adapter)
+        cache.release(adapter)
+        cache.remove("a")
+    assert load(cache, "a").demand == 3.0
+
+
 def test_a_used_adapter_is_not_removed(cache: AdapterCache) -> None:
-    load(cache, "a")
-    cache.finish_loading("a").sequence_pins = 2
+    adapter = load(cache, "a")
+    for _ in range(2):
+        cache.acquire(adapter)
     with pytest.raises(AdapterInUseError, match="2 running sequences"):
         cache.remove("a")
 

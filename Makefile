@@ -13,7 +13,7 @@ BASELINE := released/v1.txtpb
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients fuzz bench bench-full bench-store tools bench-kernels release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-store tools bench-kernels release-protos clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ check: install stubs tools ## Lint, types, import rules, protos
 	cd protos && ../$(BUF) lint && ../$(BUF) format -d --exit-code && ../$(BUF) breaking --against $(BASELINE)
 
 test: install stubs ## Run the tests on two processes; ARGS goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu and not deploy' $(ARGS)
 
 test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
 	$(BIN)/python -m examples.other_clients $(BUF)
@@ -56,6 +56,9 @@ test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from No
 $(NODE_EXAMPLE): examples/node/package.json
 	npm install --prefix examples/node --no-package-lock --no-audit --no-fund
 	touch $@
+
+test-rules: install ## Check the alert rules and that each fires and resolves (needs promtool and amtool)
+	$(BIN)/pytest -m deploy tests/rules $(ARGS)
 
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600

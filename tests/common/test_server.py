@@ -162,8 +162,8 @@ async def test_calls_are_timed_by_method_and_code(server: Server, channel: grpc.
 
 
 async def test_a_method_that_is_not_served_adds_no_series(server: Server, channel: grpc.aio.Channel) -> None:
+    unknown: Any = channel.unary_unary("/made.up/Method")
     with pytest.raises(grpc.aio.AioRpcError):
-        unknown: Any = channel.unary_unary("/made.up/Method")
         await unknown(b"", timeout=TIMEOUT_SECONDS)
     assert "made.up" not in await metrics(server)
 

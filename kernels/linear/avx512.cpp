@@ -12,7 +12,7 @@ inline __m512 load16(const BFloat16* p) {
 }
 
 struct Panel {
-  static constexpr int kRows = 12;         // 12 rows x 2 panels + 2 of the weight + 1 of x = 27 of 32 registers
+  static constexpr int kRows = 8, kPanels = 3;  // 8 rows x 3 panels + 3 of the weight + 1 of x = 28 of 32 registers
   static constexpr int kAccumulators = 24;
 
   __m512 lanes;

@@ -5,8 +5,8 @@ namespace loraplex {
 namespace {
 
 struct Panel {
-  static constexpr int kRows = 6;          // 6 rows x 2 vectors + 2 of the weight + 1 of x = 15 of 16 registers
-  static constexpr int kAccumulators = 6;  // panels
+  static constexpr int kRows = 6, kPanels = 1;  // 6 rows x 2 vectors + 2 of the weight + 1 of x = 15 of 16 registers
+  static constexpr int kAccumulators = 6;       // panels
 
   __m256 low, high;
 

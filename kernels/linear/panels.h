@@ -25,18 +25,24 @@ void linear_avx512(const Linear& op, int32_t weight_dtype, int threads);
 namespace {
 
 constexpr int kPanel = 16;
-constexpr int64_t kGroup = 4;        // panels of a task
-constexpr int64_t kBlockK = 256;     // a panel's block is 16 KiB of float32: it stays in the first-level cache
-constexpr int64_t kBlockRows = 192;  // x's block is 192 KiB: it stays in the second-level cache
+constexpr int64_t kBlockK = 192;       // three panels' blocks are 36 KiB of float32: they stay in the first-level cache
+constexpr int64_t kBlockBytes = 1 << 20;  // of x, at most: it stays in the second-level cache
+constexpr int64_t kLine = 64;          // bytes
 
 // Of the 16 columns of a panel those that exist.
 inline int panel_width(const Linear& op, int64_t panel) {
   return static_cast<int>(std::min<int64_t>(kPanel, op.out_features - panel * kPanel));
 }
 
+// What a tile fetches for the block after its own while it computes: one line at each step of k, `step` bytes apart.
+struct Ahead {
+  const char* line = nullptr;
+  int64_t step = 0;
+};
+
 // R rows by P panels. Goes on with what `out` holds when k0 > 0, adds the bias at the end. V is a panel's 16 floats.
 template <typename V, int R, int P, typename W>
-void tile(const Linear& op, int64_t row, int64_t panel, int64_t k0, int64_t k1) {
+void tile(const Linear& op, int64_t row, int64_t panel, int64_t k0, int64_t k1, Ahead ahead) {
   V sums[R][P];
   float* out = op.out + row * op.out_features + panel * kPanel;
 #pragma GCC unroll 16
@@ -46,7 +52,7 @@ void tile(const Linear& op, int64_t row, int64_t panel, int64_t k0, int64_t k1) 
       sums[r][p] = k0 ? V::load_first(out + r * op.out_features + p * kPanel, panel_width(op, panel + p)) : V::zero();
   const float* x = op.x + row * op.in_features;
   const W* weight = static_cast<const W*>(op.weight) + panel * op.in_features * kPanel;
-  for (int64_t k = k0; k < k1; ++k) {
+  const auto add_products = [&](int64_t k) {
     V w[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) w[p] = V::load(weight + (p * op.in_features + k) * kPanel);
@@ -56,7 +62,14 @@ void tile(const Linear& op, int64_t row, int64_t panel, int64_t k0, int64_t k1) 
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sums[r][p].add_product(value, w[p]);
     }
-  }
+  };
+  if (ahead.line)
+    for (int64_t k = k0; k < k1; ++k, ahead.line += ahead.step) {
+      __builtin_prefetch(ahead.line, 0, 2);
+      add_products(k);
+    }
+  else
+    for (int64_t k = k0; k < k1; ++k) add_products(k);
   const bool add_bias = op.bias && k1 == op.in_features;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -68,43 +81,70 @@ void tile(const Linear& op, int64_t row, int64_t panel, int64_t k0, int64_t k1) 
     }
 }
 
-template <typename V, int R, int P, typename W>
-void panels_of_rows(const Linear& op, int64_t row, int64_t begin, int64_t end, int64_t k0, int64_t k1) {
-  int64_t panel = begin;
-  for (; panel + P <= end; panel += P) tile<V, R, P, W>(op, row, panel, k0, k1);
-  for (; panel < end; ++panel) tile<V, R, 1, W>(op, row, panel, k0, k1);
-}
-
-// The first `count` <= R rows, by the tile of exactly that many. Fewer rows take more panels at once, so that enough
-// chains are in flight.
-template <typename V, typename W, int R = V::kRows>
-void few_rows(const Linear& op, int64_t count, int64_t row, int64_t begin, int64_t end, int64_t k0, int64_t k1) {
+// P panels by `count` <= R rows, by the tile of exactly that many.
+template <typename V, int P, typename W, int R = V::kRows>
+void some_rows(const Linear& op, int64_t count, int64_t row, int64_t panel, int64_t k0, int64_t k1, Ahead ahead) {
   if constexpr (R > 1)
-    if (count < R) return few_rows<V, W, R - 1>(op, count, row, begin, end, k0, k1);
-  constexpr int panels = std::clamp(V::kAccumulators / R, 1, static_cast<int>(kGroup));
-  panels_of_rows<V, R, panels, W>(op, row, begin, end, k0, k1);
+    if (count < R) return some_rows<V, P, W, R - 1>(op, count, row, panel, k0, k1, ahead);
+  tile<V, R, P, W>(op, row, panel, k0, k1, ahead);
 }
 
-template <typename V, typename W>
-void block(const Linear& op, int64_t row0, int64_t row1, int64_t begin, int64_t end) {
-  if (row1 - row0 <= V::kRows) return few_rows<V, W>(op, row1 - row0, row0, begin, end, 0, op.in_features);
-  constexpr int64_t step = V::kAccumulators / V::kRows;
+// The `count` rows of a single tile, which read the weights at the speed of the memory. Fewer rows take more panels at
+// once, so that enough chains and streams are in flight.
+template <typename V, typename W, int R = V::kRows>
+void one_tile(const Linear& op, int64_t count, int64_t row, int64_t panel, int64_t end) {
+  if constexpr (R > 1)
+    if (count < R) return one_tile<V, W, R - 1>(op, count, row, panel, end);
+  constexpr int panels = std::clamp(V::kAccumulators / R, 1, 4);
+  for (; panel + panels <= end; panel += panels) tile<V, R, panels, W>(op, row, panel, 0, op.in_features, {});
+  for (; panel < end; ++panel) tile<V, R, 1, W>(op, row, panel, 0, op.in_features, {});
+}
+
+// P panels by rows [row0, row1), in tiles of nearly the same height. While they are computed, the next block of the
+// weights comes into the second-level cache, evenly spread over the tiles.
+template <typename V, int P, typename W>
+void strip(const Linear& op, int64_t row0, int64_t row1, int64_t panel, int64_t end) {
+  const int64_t rows = row1 - row0, tiles = (rows + V::kRows - 1) / V::kRows;
+  const int64_t panel_bytes = op.in_features * kPanel * sizeof(W), k_bytes = kPanel * sizeof(W);
+  const char* weight = static_cast<const char*>(op.weight);
   for (int64_t k0 = 0; k0 < op.in_features; k0 += kBlockK) {
     const int64_t k1 = std::min(k0 + kBlockK, op.in_features);
-    for (int64_t panel = begin; panel < end; panel += step)
-      for (int64_t row = row0; row < row1; row += V::kRows)
-        few_rows<V, W>(op, std::min<int64_t>(V::kRows, row1 - row), row, panel, std::min(panel + step, end), k0, k1);
+    const char* next = nullptr;
+    if (k1 < op.in_features) next = weight + panel * panel_bytes + k1 * k_bytes;
+    else if (panel + 2 * P <= end) next = weight + (panel + P) * panel_bytes;
+    for (int64_t t = 0; t < tiles; ++t) {
+      Ahead ahead;
+      if (next) {
+        // tiles t, t + P, .. share the block of panel t % P
+        const int64_t sharing = (tiles - t % P + P - 1) / P, bytes = kBlockK * k_bytes / sharing;
+        ahead = {next + t % P * panel_bytes + t / P * bytes, std::min(kLine, (bytes + kBlockK - 1) / kBlockK)};
+      }
+      const int64_t first = row0 + rows * t / tiles, last = row0 + rows * (t + 1) / tiles;
+      some_rows<V, P, W>(op, last - first, first, panel, k0, k1, ahead);
+    }
   }
 }
 
 template <typename V, typename W>
+void block(const Linear& op, int64_t row0, int64_t row1, int64_t panel, int64_t end) {
+  if (row1 - row0 <= V::kRows) return one_tile<V, W>(op, row1 - row0, row0, panel, end);
+  for (; panel + V::kPanels <= end; panel += V::kPanels) strip<V, V::kPanels, W>(op, row0, row1, panel, end);
+  for (; panel < end; ++panel) strip<V, 1, W>(op, row0, row1, panel, end);
+}
+
+template <typename V, typename W>
 void run(const Linear& op, int threads) {
-  const int64_t panels = (op.out_features + kPanel - 1) / kPanel, groups = (panels + kGroup - 1) / kGroup;
-  const int64_t tasks = groups * ((op.rows + kBlockRows - 1) / kBlockRows);
+  const int64_t panels = (op.out_features + kPanel - 1) / kPanel;
+  // of a task: few enough that threads end together, many enough that fetching ahead seldom ends
+  const int64_t group = panels >= 16 * V::kPanels ? 2 * V::kPanels : V::kPanels;
+  const int64_t most = kBlockBytes / (op.in_features * static_cast<int64_t>(sizeof(float))) / V::kRows * V::kRows;
+  const int64_t block_rows = std::clamp<int64_t>(most, 4 * V::kRows, 24 * V::kRows);
+  const int64_t groups = (panels + group - 1) / group;
+  const int64_t tasks = groups * ((op.rows + block_rows - 1) / block_rows);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (tasks > 1)
   for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t row = task / groups * kBlockRows, panel = task % groups * kGroup;
-    block<V, W>(op, row, std::min(row + kBlockRows, op.rows), panel, std::min(panel + kGroup, panels));
+    const int64_t row = task / groups * block_rows, panel = task % groups * group;
+    block<V, W>(op, row, std::min(row + block_rows, op.rows), panel, std::min(panel + group, panels));
   }
 }
 

@@ -7,6 +7,10 @@ BUF_VERSION := 1.75.0
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# What the interpreter runs in CI: the triton that goes with this torch on a GPU.
+TRITON ?= triton==3.7.1
+WITH_TRITON := .venv/.triton
+IN_TEST := not slow and not gpu and not deploy and not triton and not aot
 STUBS := loraplex/v1/types_pb2.py
 BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
@@ -14,6 +18,7 @@ NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-store tools bench-kernels release-protos clean
+.PHONY: test-triton aot-table
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +53,18 @@ check: install stubs tools ## Lint, types, import rules, protos
 	cd protos && ../$(BUF) lint && ../$(BUF) format -d --exit-code && ../$(BUF) breaking --against $(BASELINE)
 
 test: install stubs ## Run the tests on two processes; ARGS goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow and not gpu and not deploy' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m '$(IN_TEST)' $(ARGS)
+
+$(WITH_TRITON): | $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt --no-deps '$(TRITON)'
+	touch $@
+
+test-triton: install stubs $(WITH_TRITON) ## Triton kernels in the interpreter and compiled ahead of time; no GPU needed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m triton $(ARGS)
+	$(BIN)/pytest -m aot tests/kernels
+
+aot-table: install $(WITH_TRITON) ## Compile the Triton kernels for sm_80 and sm_90 and rewrite the table in docs/performance.md
+	$(BIN)/python -m benchmarks.gpu.ahead_of_time
 
 test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
 	$(BIN)/python -m examples.other_clients $(BUF)

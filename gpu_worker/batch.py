@@ -33,3 +33,5 @@ class ForwardBatch:
     adapters: AdapterTables | None
     # [num_pages, num_layers, 2, page_size, num_kv_heads, head_dim], any strides; 0 = key, 1 = value
     kv_pages: Tensor
+    # no sequence has more than one token
+    decode_only: bool = False

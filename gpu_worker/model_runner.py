@@ -118,6 +118,7 @@ class ModelRunner:
             segments=self._segments(chunks, lengths, versions),
             adapters=self._adapter_tables(adapters),
             kv_pages=self._kv_pages,
+            decode_only=int(lengths.max()) == 1,
         )
 
     def _segments(self, chunks: Sequence[Chunk], lengths: npt.NDArray[np.int64], versions: list[str]) -> Segments:

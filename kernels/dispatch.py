@@ -1,18 +1,25 @@
 """The one place that chooses between a reference and a kernel, and counts what ran.
 
-A public function asks `use_cpu(op, supported)`; `supported` says whether the compiled kernel takes these tensors. Any
-backend can be forced, by `with force("reference")` or by the environment variable LORAPLEX_KERNELS.
+A public function asks `use_triton(op, tensor)`, then `use_cpu(op, supported)`; `supported` says whether the compiled
+kernel takes these tensors. Tensors on a GPU go to Triton where it is installed. Any backend can be forced, by
+`with force("reference")` or by the environment variable LORAPLEX_KERNELS; Triton takes tensors on the CPU only when
+forced and in its interpreter (TRITON_INTERPRET=1), which is for tests.
 """
 
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
 
 from kernels.cpu.library import library
 
-REFERENCE, CPU = "reference", "cpu"
-BACKENDS = (REFERENCE, CPU)
+REFERENCE, CPU, TRITON = "reference", "cpu", "triton"
+CPU_BACKENDS = (REFERENCE, CPU)
+BACKENDS = (*CPU_BACKENDS, TRITON)
 
 # (op, backend) -> calls in this process
 calls: Counter[tuple[str, str]] = Counter()
@@ -40,7 +47,25 @@ def force(backend: str) -> Iterator[None]:
 
 def available() -> bool:
     """Whether an operation on the CPU would run compiled, as far as the machine and a forced backend decide it."""
-    return _forced != REFERENCE and library() is not None
+    return _forced in ("", CPU) and library() is not None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def use_triton(op: str, tensor: Tensor) -> bool:
+    """True = run the Triton kernel; `tensor` says where the operation's tensors are."""
+    if _forced == TRITON:
+        if not _has_triton():
+            raise RuntimeError(f"the Triton kernel of {op} is forced and triton is not installed")
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"the Triton kernel of {op} is forced and its tensors are on {tensor.device}")
+    elif _forced or not tensor.is_cuda or not _has_triton():
+        return False
+    calls[op, TRITON] += 1
+    return True
 
 
 def use_cpu(op: str, supported: bool) -> bool:

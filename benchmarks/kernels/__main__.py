@@ -23,7 +23,7 @@ def tests_pass() -> bool:
 
 def time_case(case: Case, floors: Floors, repeats: int) -> list[dict[str, object]]:
     runs: list[Callable[[], object]] = []
-    for backend in dispatch.BACKENDS:
+    for backend in dispatch.CPU_BACKENDS:
         torch.manual_seed(0)
         with dispatch.force(backend):
             runs.append(_forced(backend, case.make()))
@@ -40,7 +40,7 @@ def time_case(case: Case, floors: Floors, repeats: int) -> list[dict[str, object
             "gigaflops": round(case.flops / took / 1e9, 1),
             "ratio_to_reference": round(seconds[0] / took, 2),
         }
-        for backend, took in zip(dispatch.BACKENDS, seconds, strict=True)
+        for backend, took in zip(dispatch.CPU_BACKENDS, seconds, strict=True)
     ]
 
 

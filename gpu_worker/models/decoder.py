@@ -54,8 +54,10 @@ class Decoder:
             query, key = self._norm_heads(query, layer.q_norm), self._norm_heads(key, layer.k_norm)
         query = store_kv(query, key, value, self._cos_sin, batch.positions, batch.kv_pages, batch.slot_mapping, index)
         window = self.config.sliding_windows[index]
+        table, starts, contexts = batch.page_table, batch.query_start, batch.context_lens
         mixed = paged_attention(
-            query, batch.kv_pages, batch.page_table, batch.query_start, batch.context_lens, index, self._scale, window
+            *(query, batch.kv_pages, table, starts, contexts, index, self._scale, window),
+            decode_only=batch.decode_only,
         )
         return _project(mixed.flatten(1), layer.o, OUTPUT, index, batch)
 

@@ -25,6 +25,11 @@ def lora_expand(
     out: `[num_tokens, sum(out_features)]`, floating; module m has the columns behind those of the modules before it.
     The product is made in float32 and rounded once, after the addition. Tokens without the module are not touched.
     """
+    if dispatch.use_triton("lora_expand", out):
+        from kernels.lora_expand.triton import lora_expand_triton
+
+        lora_expand_triton(shrunk, adapters, segments, layer, modules, in_features, out_features, out)
+        return
     if dispatch.use_cpu("lora_expand", cpu.supports(shrunk, adapters, segments, out)):
         cpu.lora_expand_cpu(shrunk, adapters, segments, layer, modules, in_features, out_features, out)
         return

@@ -15,6 +15,10 @@ def lora_shrink(x: Tensor, adapters: AdapterTables, segments: Segments, layer: i
     Returns `[len(modules), num_tokens, max_lora_rank]` float32, summed in float32, not scaled; zero where a token has
     no adapter, its adapter lacks the module, or beyond its rank.
     """
+    if dispatch.use_triton("lora_shrink", x):
+        from kernels.lora_shrink.triton import lora_shrink_triton
+
+        return lora_shrink_triton(x, adapters, segments, layer, modules)
     if dispatch.use_cpu("lora_shrink", cpu.supports(x, adapters, segments)):
         return cpu.lora_shrink_cpu(x, adapters, segments, layer, modules)
     return lora_shrink_reference(x, adapters, segments, layer, modules)

@@ -16,6 +16,8 @@ def paged_attention(
     layer: int,
     scale: float,
     sliding_window: int = 0,
+    *,
+    decode_only: bool = False,
 ) -> Tensor:
     """Attention of each sequence's newest tokens over its whole context; decodes and prefill chunks may be mixed.
 
@@ -25,8 +27,15 @@ def paged_attention(
     page_table: `[num_sequences, max_pages]` int32. query_start: `[num_sequences + 1]` int32.
     context_lens: `[num_sequences]` int32, tokens including this step's. The query tokens are the last of the context.
     sliding_window: a token sees itself and the sliding_window - 1 before it; 0 = all before it.
+    decode_only: the caller knows that no sequence has more than one query token; on a GPU that saves a launch.
     Returns `[num_tokens, num_heads, head_dim]` in the query's dtype, rounded once from float32.
     """
+    if dispatch.use_triton("paged_attention", query):
+        from kernels.paged_attention.triton import paged_attention_triton
+
+        return paged_attention_triton(
+            query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window, decode_only
+        )
     if dispatch.use_cpu("paged_attention", cpu.supports(query, kv_pages, page_table, query_start, context_lens)):
         return cpu.paged_attention_cpu(
             query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window

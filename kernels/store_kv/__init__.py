@@ -25,6 +25,10 @@ def store_kv(
     slot_mapping: `[num_tokens]` int64, page * page_size + offset, no slot twice.
     Returns the rotated query `[num_tokens, num_heads, head_dim]` in its dtype; rotation is float32, rounded once.
     """
+    if dispatch.use_triton("store_kv", query):
+        from kernels.store_kv.triton import store_kv_triton
+
+        return store_kv_triton(query, key, value, cos_sin, positions, kv_pages, slot_mapping, layer)
     if dispatch.use_cpu("store_kv", cpu.supports(query, key, value, cos_sin, positions, kv_pages, slot_mapping)):
         return cpu.store_kv_cpu(query, key, value, cos_sin, positions, kv_pages, slot_mapping, layer)
     return store_kv_reference(query, key, value, cos_sin, positions, kv_pages, slot_mapping, layer)

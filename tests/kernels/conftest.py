@@ -29,8 +29,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20)
 
 
-@pytest.fixture(params=dispatch.BACKENDS)
+@pytest.fixture(params=[*dispatch.CPU_BACKENDS, pytest.param(dispatch.TRITON, marks=pytest.mark.triton)])
 def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """The test runs on every backend, and fails where one does not take its tensors."""
+    with dispatch.force(request.param):
+        yield
+
+
+@pytest.fixture(params=dispatch.CPU_BACKENDS)
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As `backend`, for sizes that Triton's interpreter would take minutes for."""
     with dispatch.force(request.param):
         yield

@@ -1,4 +1,5 @@
-"""Decode from one sequence to 256, contexts from 1 to 8,192, ranks from 1 to 256: on every backend, against float64."""
+"""Decode from one sequence to 256, contexts from 1 to 8,192, ranks from 1 to 256: on every backend of the CPU, against
+float64."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from kernels.paged_attention import paged_attention
 from tests.kernels.adapter_pool import PACKED_DTYPES, Adapter, build_segments, build_tables, random_lora
 from tests.kernels.kv_pool import PagedContexts, empty_pages
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 EPS = torch.finfo(torch.float32).eps
 RANKS = (1, 3, 8, 16, 64, 256)

@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -62,8 +64,28 @@ def test_a_weight_that_is_not_packed_goes_to_the_reference() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fast'; known: reference, cpu"), dispatch.force("fast"):
+    with pytest.raises(ValueError, match="'fast'; known: reference, cpu, triton"), dispatch.force("fast"):
         pass
+
+
+@pytest.mark.parametrize(("installed", "why"), [(False, "not installed"), (True, "are on cpu")])
+def test_triton_does_not_take_tensors_on_the_cpu(installed: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: installed)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert calls_of(torch.ones(2, 16)) == {(OP, "cpu"): 1}
+    with dispatch.force("triton"), pytest.raises(RuntimeError, match=why):
+        silu_and_mul(torch.ones(2, 16))
+
+
+@pytest.mark.parametrize(("installed", "chosen"), [(False, False), (True, True)], ids=["without-triton", "with-triton"])
+def test_tensors_on_a_gpu_go_to_triton_where_it_is_installed(
+    installed: bool, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: installed)
+    on_a_gpu = cast(torch.Tensor, SimpleNamespace(is_cuda=True, device="cuda:0"))
+    assert dispatch.use_triton(OP, on_a_gpu) is chosen
+    with dispatch.force("reference"):
+        assert not dispatch.use_triton(OP, on_a_gpu)
 
 
 @pytest.mark.usefixtures("no_library")

@@ -1,0 +1,1 @@
+"""The GPU path: kernels compiled ahead of time, and what a machine with a GPU runs."""

@@ -7,18 +7,29 @@ import grpc
 
 from common.errors import InvalidArgument
 from loraplex.v1 import scheduler_pb2, types_pb2
+from scheduler.core.commands import (
+    Abort,
+    Action,
+    Command,
+    Offer,
+    Placed,
+    Preempt,
+    Prefetch,
+    Refusal,
+    Refused,
+    Reorder,
+    Revoke,
+    StepBudget,
+)
+from scheduler.core.costs import StepFacts
 from scheduler.core.model import (
     Capacity,
-    Command,
     Ending,
     Hello,
     Identity,
     Key,
-    Offer,
-    Placed,
+    Phases,
     Progress,
-    Refusal,
-    Refused,
     Report,
     Request,
     RequestState,
@@ -27,6 +38,8 @@ from scheduler.core.model import (
 )
 
 DEFAULT_MAX_TOKENS = 128
+# Outputs that ended by themselves: their length says something of the next.
+_COMPLETE = (types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH)
 # Offers carry whole prompts: many of them travel in several messages.
 MAX_BATCH_BYTES = 1024 * 1024
 
@@ -59,6 +72,9 @@ def to_request(spec: types_pb2.RequestSpec, now: float) -> Request:
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
         num_outputs=max(1, spec.output.n),
         deadline=now + spec.remaining_seconds if spec.HasField("remaining_seconds") else None,
+        priority=spec.scheduling.priority,
+        slo_seconds=spec.scheduling.ttft_slo_seconds if spec.scheduling.HasField("ttft_slo_seconds") else None,
+        prefix=tuple(spec.prefix_hashes),
         payload=spec,
     )
 
@@ -79,7 +95,13 @@ def to_hello(hello: scheduler_pb2.WorkerHello) -> Hello:
             raise InvalidArgument("MISSING_FIELD", f"the hello of a worker has no {field}", field=f"hello.{field}")
     return Hello(
         worker_id=hello.worker_id,
-        capacity=Capacity(capacity.num_pages, capacity.page_bytes, capacity.page_size, capacity.max_sequences),
+        capacity=Capacity(
+            num_pages=capacity.num_pages,
+            page_bytes=capacity.page_bytes,
+            page_size=capacity.page_size,
+            max_sequences=capacity.max_sequences,
+            max_step_tokens=capacity.max_step_tokens,
+        ),
         identity=_to_identity(hello.model),
         in_flight=tuple(_to_progress(hello.in_flight)),
         resident=tuple(_to_residency(adapter) for adapter in hello.resident),
@@ -93,7 +115,16 @@ def to_report(report: scheduler_pb2.StepReport) -> Report:
         progress=tuple(_to_progress(report.progress)),
         residency=tuple(_to_residency(delta.adapter, delta.sequence) for delta in report.residency),
         draining=report.state == scheduler_pb2.WORKER_STATE_DRAINING if report.state else None,
+        costs=_to_costs(report.costs) if report.HasField("costs") else None,
     )
+
+
+def _to_costs(costs: scheduler_pb2.StepCosts) -> StepFacts:
+    return StepFacts(costs.steps, costs.seconds, costs.prefill_tokens, costs.decode_tokens, costs.distinct_adapters)
+
+
+def _to_phases(usage: types_pb2.Usage) -> Phases:
+    return Phases(usage.queue_seconds, usage.load_seconds, usage.prefill_seconds, usage.decode_seconds)
 
 
 def _to_identity(model: types_pb2.ModelIdentity) -> Identity:
@@ -106,7 +137,15 @@ def _to_progress(items: Iterable[scheduler_pb2.RequestProgress]) -> Iterator[Pro
     """Items without a state say nothing."""
     for item in items:
         if state := _STATES.get(item.state):
-            yield Progress(to_key(item.key), state, item.adapter_version, item.computed_tokens)
+            yield Progress(
+                to_key(item.key),
+                state,
+                item.adapter_version,
+                item.computed_tokens,
+                item.generated_tokens,
+                item.finish_reason in _COMPLETE,
+                _to_phases(item.usage) if item.HasField("usage") else None,
+            )
 
 
 def _to_residency(adapter: scheduler_pb2.ResidentAdapter, sequence: int = 0) -> Residency:
@@ -143,17 +182,36 @@ def from_commands(scheduler_epoch: int, commands: Iterable[Command]) -> Iterator
 
 
 def _from_command(command: Command) -> scheduler_pb2.Command:
-    action = command.action
-    if isinstance(action, Offer):
-        spec = action.request.payload
-        assert isinstance(spec, types_pb2.RequestSpec)
-        offer = scheduler_pb2.Offer(request=spec, order_key=action.request.order_key)
-        if action.remaining_seconds is not None:
-            offer.request.remaining_seconds = action.remaining_seconds
-        return scheduler_pb2.Command(seq=command.seq, offer=offer)
-    # Unknown numbers of a newer gateway pass through: proto3 enums are open.
-    cause = cast("scheduler_pb2.AbortCause.ValueType", action.cause)
-    return scheduler_pb2.Command(seq=command.seq, abort=scheduler_pb2.Abort(key=_from_key(action.key), cause=cause))
+    proto = scheduler_pb2.Command(seq=command.seq)
+    _write_action(proto, command.action)
+    return proto
+
+
+def _write_action(proto: scheduler_pb2.Command, action: Action) -> None:
+    match action:
+        case Offer():
+            assert isinstance(action.request.payload, types_pb2.RequestSpec)
+            proto.offer.request.CopyFrom(action.request.payload)
+            proto.offer.order_key = action.order_key
+            if action.remaining_seconds is not None:
+                proto.offer.request.remaining_seconds = action.remaining_seconds
+        case Abort():
+            proto.abort.key.CopyFrom(_from_key(action.key))
+            # Unknown numbers of a newer gateway pass through: proto3 enums are open.
+            proto.abort.cause = cast("scheduler_pb2.AbortCause.ValueType", action.cause)
+        case Revoke():
+            proto.revoke.key.CopyFrom(_from_key(action.key))
+        case Reorder():
+            proto.reorder.key.CopyFrom(_from_key(action.key))
+            proto.reorder.order_key = action.order_key
+        case Preempt():
+            proto.preempt.key.CopyFrom(_from_key(action.key))
+        case Prefetch():
+            proto.prefetch.tenant = action.tenant
+            proto.prefetch.adapter_version = action.adapter
+            proto.prefetch.adapter_bytes = action.adapter_bytes
+        case StepBudget():
+            proto.step_budget.tokens = action.tokens
 
 
 def _from_key(key: Key) -> types_pb2.RequestKey:

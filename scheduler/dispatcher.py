@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 from common.errors import Conflict, FailedPrecondition, Unavailable
 from loraplex.v1 import scheduler_pb2, types_pb2
 from scheduler.convert import from_answer, from_commands, from_residency, to_hello, to_key, to_report, to_request
+from scheduler.core.commands import Decisions, Offer, Refused
 from scheduler.core.explain import explain
 from scheduler.core.identity import IdentityMismatchError
-from scheduler.core.model import Decisions, Offer, Refused
 from scheduler.core.scheduler import ResidencyGapError, Scheduler
 from scheduler.core.settings import Settings
 from scheduler.metrics import SchedulerMetrics
@@ -181,6 +181,8 @@ class Dispatcher:
         with self._metrics.decision_seconds.time():
             decisions = self._core.schedule(now)
         self._send(decisions)
+        if decisions.incomplete:
+            self._changed.set()
         queue = self._core.queue
         self._oldest_arrival = queue.oldest.arrived if queue.oldest else None
         self._metrics.set_queue(queue.num_requests, queue.num_tokens)

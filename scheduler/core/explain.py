@@ -1,5 +1,6 @@
-"""Says in sentences where a request is, and why."""
+"""Says in sentences where a request is, and why, or how it went."""
 
+from scheduler.core.history import Ended
 from scheduler.core.model import Request, RequestState
 from scheduler.core.scheduler import Scheduler
 
@@ -7,40 +8,61 @@ MAX_WORKERS = 8
 
 
 def explain(scheduler: Scheduler, request_id: str, now: float) -> list[str]:
-    """One or more sentences for each known attempt; ages are seconds before `now`."""
-    attempts = scheduler.requests.attempts(request_id)
-    if not attempts:
-        return [f"No request {request_id} is queued or on a worker: it was never submitted here, or it has ended."]
-    sentences = []
-    for request in attempts:
+    """One or more sentences for each attempt that is known or ended lately; ages are seconds before `now`."""
+    sentences = [_explain_ended(ended) for ended in scheduler.life.history.of(request_id)]
+    for request in scheduler.requests.attempts(request_id):
         if request.state is RequestState.QUEUED:
             sentences += _explain_queued(scheduler, request, now)
         else:
             sentences.append(_explain_placed(scheduler, request))
-    return sentences
+    unknown = f"No request {request_id} is queued or on a worker: it was never submitted here, or ended long ago."
+    return sentences or [unknown]
 
 
 def _name(request: Request) -> str:
     return f"Attempt {request.key.attempt} of request {request.key.request_id}"
 
 
+def _explain_ended(ended: Ended) -> str:
+    name = f"Attempt {ended.key.attempt} of request {ended.key.request_id}"
+    parts = [f"{ended.offered:.3f} s in the scheduler's queue"]
+    if ended.phases is not None:
+        parts += [
+            f"{ended.phases.queue_seconds:.3f} s in the worker's",
+            f"{ended.phases.load_seconds:.3f} s until its adapter was loaded",
+            f"{ended.phases.prefill_seconds:.3f} s of prefill",
+            f"{ended.phases.decode_seconds:.3f} s of decode",
+        ]
+    if ended.preemptions:
+        parts.append(f"{ended.preempted_seconds:.3f} s of it without pages after {ended.preemptions} preemptions")
+    return (
+        f"{name} {ended.how} on worker {ended.worker_id} after {ended.ended:.3f} s with {ended.generated_tokens} "
+        f"tokens: {', '.join(parts)}."
+    )
+
+
 def _explain_queued(scheduler: Scheduler, request: Request, now: float) -> list[str]:
     queue, position = scheduler.queue, scheduler.queue.position(request)
     sentences = [
         f"{_name(request)} has been queued for {now - request.arrived:.1f} s, at position {position} of "
-        f"{queue.num_requests}."
+        f"{queue.num_requests} by arrival; the policy is {scheduler.settings.policy}."
     ]
-    if now < scheduler.recovered_at:
+    if not scheduler.life.assigning:
         sentences.append("This scheduler has just started and waits for the workers to say what they have.")
-    ready = [worker for worker in scheduler.fleet.workers if not worker.draining]
+    ready = scheduler.life.placement.workers
     if not ready:
         sentences.append("No worker is ready.")
+    if home := scheduler.fleet.get(request.line_id or ""):
+        line = queue.line(home.worker_id)
+        sentences.append(
+            f"It waits in the line of worker {home.worker_id}, which holds {line.num_requests} requests and about "
+            f"{line.cost_seconds:.1f} s of work, {line.cost_of(request.tenant):.1f} s of it of its tenant."
+        )
     for worker in ready[:MAX_WORKERS]:
-        obstacle = worker.obstacle(request)
-        if not obstacle and position > 1:
-            obstacle = "it has room, but older requests go first or its load is not low enough to fetch the adapter"
-        if obstacle:
-            sentences.append(f"Worker {worker.worker_id} does not get it now: {obstacle}.")
+        if obstacle := worker.obstacle(request):
+            sentences.append(f"Worker {worker.worker_id} cannot take it now: {obstacle}.")
+        else:
+            sentences.append(f"Worker {worker.worker_id} has room for it, but others go first there.")
     if len(ready) > MAX_WORKERS:
         sentences.append(f"{len(ready) - MAX_WORKERS} more workers are not listed.")
     return sentences

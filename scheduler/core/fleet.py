@@ -28,12 +28,13 @@ class Fleet:
         self._epoch = epoch
         self._registrations = itertools.count()
         self._workers: dict[str, Worker] = {}
+        self._sorted: list[Worker] = []
         self._none_ready_since: float | None = now
 
     @property
     def workers(self) -> list[Worker]:
         """Registered workers by id."""
-        return [self._workers[worker_id] for worker_id in sorted(self._workers)]
+        return self._sorted
 
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
@@ -67,6 +68,7 @@ class Fleet:
 
     def note_readiness(self, now: float) -> None:
         """To be called when a worker came, went, or changed its state."""
+        self._sorted = [self._workers[worker_id] for worker_id in sorted(self._workers)]
         if any(not worker.draining for worker in self._workers.values()):
             self._none_ready_since = None
         elif self._none_ready_since is None:

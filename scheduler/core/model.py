@@ -1,10 +1,11 @@
-"""The words of the core: what comes in as events, and what goes out as commands and answers."""
+"""The words of the core: requests, workers, and what they say of themselves."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+from scheduler.core.costs import StepFacts
 
 
 class Key(NamedTuple):
@@ -58,6 +59,30 @@ class Reason(Enum):
     SPILL = "spill"
 
 
+@dataclass(slots=True)
+class Timeline:
+    """When an attempt reached what; clock seconds, None for what it did not reach."""
+
+    offered: float | None = None
+    admitted: float | None = None
+    # Since when it waits for its pages again, and how long it did before.
+    preempted: float | None = None
+    preempted_seconds: float = 0.0
+    preemptions: int = 0
+
+    def reach(self, state: RequestState, now: float) -> None:
+        """The attempt is in this state on its worker, as far as the worker has said."""
+        if state is RequestState.RUNNING:
+            if self.admitted is None:
+                self.admitted = now
+            if self.preempted is not None:
+                self.preempted_seconds += now - self.preempted
+                self.preempted = None
+        elif state is RequestState.PREEMPTED and self.preempted is None:
+            self.preempted = now
+            self.preemptions += 1
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One attempt: what its gateway asked for, and what the scheduler knows of it since. Times are clock seconds."""
@@ -74,11 +99,31 @@ class Request:
     delivered_tokens: int = 0
     num_outputs: int = 1
     deadline: float | None = None
+    # Higher goes first within its tenant.
+    priority: int = 0
+    # Target for the first token, counted from its arrival; None when there is none.
+    slo_seconds: float | None = None
+    # Hashes of the prompt's pages, each of its page and all before it; as many as the gateway sent.
+    prefix: tuple[int, ...] = ()
     # What the worker gets; the core never looks inside.
     payload: object = None
 
-    order_key: int = 0
+    # Place among the arrivals, from the first submission on.
+    number: int = 0
+    # Place in the order of a worker: given with the first offer, smaller afterwards or the same.
+    order_key: int | None = None
     arrived: float = 0.0
+    # Worker whose line it waits in; None when it waits in none.
+    line_id: str | None = None
+    # Tokens one output is expected to have in the end; `max_tokens` when nothing is known.
+    expected_tokens: int | None = None
+    # Seconds of service it is expected to take, and its place in its tenant's virtual time: see `fair.py`.
+    cost: float = 0.0
+    virtual_deadline: float = 0.0
+    # Later requests that were taken before it by its worker.
+    overtaken: int = 0
+    # Service its tenant was charged for it.
+    charged: float = 0.0
     state: RequestState = RequestState.QUEUED
     worker_id: str = ""
     # Number of the gateway's connection that asked for it last.
@@ -87,6 +132,9 @@ class Request:
     offer_seq: int = 0
     # Tokens of one sequence whose KV the worker has computed; keeps its maximum through a preemption.
     computed_tokens: int = 0
+    # Tokens of all its outputs together, those of earlier attempts included.
+    generated_tokens: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
     aborted: bool = False
     # The gateway's number for why it was aborted.
     abort_cause: int = 0
@@ -114,9 +162,29 @@ class Request:
         known = max(self.prompt_tokens + self.delivered_tokens, self.computed_tokens)
         return min(known + 1, self.context_tokens)
 
-    def coming_tokens(self, output_estimate_ratio: float) -> int:
+    @property
+    def tenant(self) -> str:
+        return self.key.tenant
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens one output has so far, at least."""
+        return max(self.delivered_tokens, self.generated_tokens // self.num_outputs)
+
+    @property
+    def coming_tokens(self) -> int:
         """Tokens that one of its sequences is expected to add to `held_tokens`."""
-        return math.ceil(output_estimate_ratio * (self.context_tokens - self.held_tokens))
+        expected = self.max_tokens if self.expected_tokens is None else min(self.expected_tokens, self.max_tokens)
+        return max(0, self.prompt_tokens + expected - self.held_tokens)
+
+
+class Phases(NamedTuple):
+    """Seconds an attempt spent on its worker: in the local queue, for its adapter, for the prompt, for the output."""
+
+    queue_seconds: float
+    load_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +195,12 @@ class Progress:
     state: RequestState | Ending
     adapter: str = ""
     computed_tokens: int = 0
+    # Of all outputs together, those of earlier attempts included.
+    generated_tokens: int = 0
+    # It ended by itself, not by an abort: its length says something.
+    complete: bool = False
+    # What it took on the worker, once it has ended.
+    phases: Phases | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +221,7 @@ class Capacity:
     page_bytes: int
     page_size: int
     max_sequences: int
+    max_step_tokens: int = 0
 
     def adapter_pages(self, adapter_bytes: int) -> int:
         return -(-adapter_bytes // self.page_bytes)
@@ -192,71 +267,5 @@ class Report:
     residency: tuple[Residency, ...] = ()
     # Whether it takes nothing new from now on; None when the report does not say.
     draining: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a request will not run. `code` is the name of a gRPC status code."""
-
-    code: str
-    reason: str
-    message: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    retry_after_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """Gives a worker a request."""
-
-    request: Request
-    # Time left until the client's deadline.
-    remaining_seconds: float | None
-    reason: Reason
-    # Where the adapter is; None for the base model.
-    tier: Tier | None
-    queued_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """Ends an attempt on a worker. `cause` is the gateway's number for why; 0 when it gave none."""
-
-    key: Key
-    cause: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """For one worker. `seq` is one more than that of the command before it, from 1 in each (epoch, worker)."""
-
-    seq: int
-    action: Offer | Abort
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """The attempt was offered to this worker."""
-
-    key: Key
-    worker_id: str
-    # Where the worker has the adapter; None for the base model, and where it is an earlier offer.
-    tier: Tier | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The attempt will not run."""
-
-    key: Key
-    refusal: Refusal
-
-
-@dataclass(slots=True)
-class Decisions:
-    """What one call of `schedule()` says, in order."""
-
-    # Worker id -> commands.
-    commands: dict[str, list[Command]] = field(default_factory=dict)
-    # Gateway id -> answers.
-    answers: dict[str, list[Placed | Refused]] = field(default_factory=dict)
+    # What its steps took since the last report.
+    costs: StepFacts | None = None

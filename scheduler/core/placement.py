@@ -1,111 +1,93 @@
-"""Which worker a request goes to: where its adapter is, unless that worker has far more work than another."""
+"""Which worker a request waits for: where its adapter and its prefix are, unless others have far less work."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Collection, Mapping
 
-from scheduler.core.model import Reason, Request, Tier
+from scheduler.core.backlog import Backlog
+from scheduler.core.fleet import Fleet
+from scheduler.core.model import Request
 from scheduler.core.settings import Settings
-from scheduler.core.waiting import Lane
 from scheduler.core.worker import Worker
 
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The worker a request goes to now, or waits for; None when no worker could ever take it."""
-
-    worker: Worker | None
-    # None while the request must wait.
-    reason: Reason | None = None
+# No worker is given a cold adapter when it has more than this many times the mean number of them.
+_ADAPTER_IMBALANCE = 1.25
 
 
 class Placement:
-    """Chooses workers for the heads of the lanes, oldest first, in one round of `schedule()`.
+    """Chooses a worker's line for each arrival, and what an idle worker takes over from others. O(workers)."""
 
-    A request that has to wait reserves the worker it waits for: no later request goes there in this round. So the
-    oldest request is overtaken only on workers it does not wait for, the load of the worker it waits for only falls,
-    and it is placed in the end.
-    """
-
-    def __init__(self, workers: Iterable[Worker], settings: Settings) -> None:
-        self.workers = [worker for worker in workers if not worker.draining]
+    def __init__(self, fleet: Fleet, backlog: Backlog, settings: Settings) -> None:
+        self._fleet = fleet
+        self._backlog = backlog
         self._settings = settings
-        self._reserved: set[str] = set()
-        # Worker id -> tokens that wait for it in lanes set aside in this round.
-        self._pressure: dict[str, int] = {}
 
     @property
-    def exhausted(self) -> bool:
-        """No worker can be given anything more in this round."""
-        return all(worker.full or worker.worker_id in self._reserved for worker in self.workers)
+    def workers(self) -> list[Worker]:
+        """Those that take work."""
+        return [worker for worker in self._fleet.workers if not worker.draining]
 
-    def choose(self, lane: Lane, request: Request) -> Choice:
-        """Decides for the head of a lane. O(workers) plus the admission test of those it is tried on."""
-        able = sorted((worker for worker in self.workers if worker.could_ever_take(request)), key=self._rank)
-        if not able:
-            return Choice(None)
-        homes = [worker for worker in able if request.adapter and worker.has(request.adapter)]
-        others = [worker for worker in able if worker not in homes]
-        if not homes:
-            free = [worker for worker in others if worker.worker_id not in self._reserved]
-            if request.adapter:
-                free = self._fewest_adapters_first(free)
-            taker = self._first_that_can_take(free, request)
-            return Choice(taker, _reason(taker, request)) if taker else self._wait(free or others, lane)
-        home = self._first_that_can_take(homes, request)
-        # What waits in front of a full home is its work too.
-        load = self._load(homes[0]) + (0 if home else lane.tokens)
-        relief = self._relief(others, request, load, home)
-        if relief:
-            return Choice(relief, Reason.SPILL)
-        return Choice(home, _reason(home, request)) if home else self._wait(homes, lane)
+    def load(self, worker: Worker) -> int:
+        """Tokens in front of a newcomer: on the worker and in its line."""
+        return worker.outstanding_tokens + self._backlog.line(worker.worker_id).num_tokens
 
-    def _relief(self, others: list[Worker], request: Request, load: int, home: Worker | None) -> Worker | None:
-        """Another worker that is clearly better off than the homes, whose least load in tokens is `load`."""
-        for other in others:
-            idle = not other.requests and home is None
-            if idle or load > self._limit(other):
-                if self._can_take(other, request):
-                    return other
-                if home is None:
-                    self._reserved.add(other.worker_id)
-        return None
+    def is_far_above(self, load: float, other: float) -> bool:
+        """Whether the first load in tokens is so much greater that affinity does not count any more."""
+        return load > self._settings.spill_ratio * other + self._settings.spill_margin_tokens
 
-    def _fewest_adapters_first(self, workers: list[Worker]) -> list[Worker]:
-        """Spreads cold adapters over workers of about the same load, since requests will follow them.
+    def choose(self, request: Request, workers: Collection[Worker]) -> Worker | None:
+        """The one of `workers` that the request waits for; None when none of them could ever take it.
 
-        `workers` are sorted by load; those clearly above the first stay behind the others.
+        Its homes are the workers that have the adapter or will have it. At low load all requests of an adapter go to
+        one home, so that it can be evicted elsewhere; the homes share what is too much for one; and when even the
+        least loaded home has far more work than another worker, that one becomes a home too. So an adapter has as
+        many homes as its load needs. A cold adapter goes to the first worker of its rendezvous order that is not far
+        above the others, in work and in adapters (consistent hashing with bounded loads, Mirrokni et al. 2018): mostly
+        the same one each time, whatever else was asked before.
         """
-        limit = self._limit(workers[0]) if workers else 0
-        return sorted(workers, key=lambda worker: (self._load(worker) > limit, worker.num_adapters))
+        loads = {
+            worker: (self.load(worker) - worker.cached_tokens(request), worker.given_tokens, worker.worker_id)
+            for worker in workers
+            if worker.could_ever_take(request)
+        }
+        if not loads:
+            return None
+        least = min(loads, key=lambda worker: loads[worker])
+        if not request.adapter:
+            return least
+        homes = [worker for worker in loads if self._is_home(worker, request.adapter)]
+        if not homes:
+            return self._home_of_cold(request.adapter, loads, least)
+        nearest = min(homes, key=lambda worker: loads[worker])
+        if self.is_far_above(loads[nearest][0], loads[least][0]):
+            return least
+        if any(home.cached_tokens(request) for home in homes):
+            return nearest
+        near = [home for home in homes if not self.is_far_above(loads[home][0], loads[nearest][0])]
+        return max(near, key=lambda worker: rendezvous(request.adapter, worker.worker_id))
 
-    def _limit(self, worker: Worker) -> float:
-        """Tokens above which the load of another is clearly greater than this worker's."""
-        return self._settings.spill_ratio * self._load(worker) + self._settings.spill_margin_tokens
+    def _home_of_cold(self, adapter: str, loads: Mapping[Worker, tuple[int, int, str]], least: Worker) -> Worker:
+        counts = {worker: self._num_adapters(worker) for worker in loads}
+        most = -(-_ADAPTER_IMBALANCE * (sum(counts.values()) + 1) // len(counts))
+        near = [
+            worker
+            for worker in loads
+            if counts[worker] < most and not self.is_far_above(loads[worker][0], loads[least][0])
+        ]
+        return max(near or [least], key=lambda worker: rendezvous(adapter, worker.worker_id))
 
-    def _wait(self, workers: list[Worker], lane: Lane) -> Choice:
-        """The lane waits for the first of `workers` that no older request waits for."""
-        free = (worker for worker in workers if worker.worker_id not in self._reserved)
-        worker = next(free, workers[0])
-        self._reserved.add(worker.worker_id)
-        self._pressure[worker.worker_id] = self._pressure.get(worker.worker_id, 0) + lane.tokens
-        return Choice(worker)
+    def num_homes(self, adapter: str) -> int:
+        """Workers that have the adapter, or will; 0 for the base model."""
+        return sum(self._is_home(worker, adapter) for worker in self._fleet.workers) if adapter else 0
 
-    def _first_that_can_take(self, workers: list[Worker], request: Request) -> Worker | None:
-        return next((worker for worker in workers if self._can_take(worker, request)), None)
+    def _num_adapters(self, worker: Worker) -> int:
+        """Adapters that its requests and its line need."""
+        return len(worker.adapters_in_use) + self._backlog.line(worker.worker_id).num_adapters
 
-    def _can_take(self, worker: Worker, request: Request) -> bool:
-        return worker.worker_id not in self._reserved and worker.can_take(request)
-
-    def _load(self, worker: Worker) -> int:
-        """Tokens in front of a newcomer."""
-        return worker.outstanding_tokens + self._pressure.get(worker.worker_id, 0)
-
-    def _rank(self, worker: Worker) -> tuple[int, int, str]:
-        """The least loaded first; among equals the one that was given least."""
-        return self._load(worker), worker.given_tokens, worker.worker_id
+    def _is_home(self, worker: Worker, adapter: str) -> bool:
+        return worker.has(adapter) or self._backlog.line(worker.worker_id).has(adapter)
 
 
-def _reason(worker: Worker, request: Request) -> Reason:
-    if not request.adapter or worker.uses(request.adapter) or worker.tier(request.adapter) is Tier.PAGES:
-        return Reason.RESIDENT
-    return Reason.HOST_HIT if worker.tier(request.adapter) is Tier.HOST else Reason.COLD
+def rendezvous(adapter: str, worker_id: str) -> int:
+    """Highest random weight (Thaler and Ravishankar 1998): each adapter has its own order of the workers."""
+    data = f"{adapter}\0{worker_id}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

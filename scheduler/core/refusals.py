@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 
-from scheduler.core.model import Refusal, Request
+from scheduler.core.commands import Refusal
+from scheduler.core.model import Request
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
 
@@ -70,10 +71,34 @@ def worker_lost(worker: Worker, settings: Settings) -> Refusal:
     )
 
 
-def deadline_passed(request: Request, now: float) -> Refusal:
+def lost(request: Request, now: float, settings: Settings) -> Refusal:
+    """For a queued request whose deadline has passed, or whose first token would come too late."""
+    waited = now - request.arrived
+    if request.deadline is not None and request.deadline <= now:
+        return Refusal(
+            "DEADLINE_EXCEEDED",
+            "DEADLINE_EXCEEDED",
+            f"the deadline passed after {waited:.3f} s in the queue",
+            {"queued_seconds": f"{waited:.3f}"},
+        )
+    objective = request.slo_seconds or 0.0
     return Refusal(
-        "DEADLINE_EXCEEDED",
-        "DEADLINE_EXCEEDED",
-        f"the deadline passed after {now - request.arrived:.3f} s in the queue",
-        {"queued_seconds": f"{now - request.arrived:.3f}"},
+        "RESOURCE_EXHAUSTED",
+        "SLO_MISSED",
+        f"after {waited:.3f} s in the queue the first token cannot come within {objective:g} s any more",
+        {"queued_seconds": f"{waited:.3f}", "ttft_slo_seconds": f"{objective:g}"},
+        settings.retry_after_seconds,
+    )
+
+
+def hopeless(request: Request, shortage_seconds: float, settings: Settings) -> Refusal:
+    """For a newcomer whose first token would come `shortage_seconds` too late."""
+    objective = request.slo_seconds or 0.0
+    expected = objective + shortage_seconds
+    return Refusal(
+        "RESOURCE_EXHAUSTED",
+        "SLO_UNATTAINABLE",
+        f"the first token is expected after {expected:.3f} s; the objective is {objective:g} s",
+        {"expected_seconds": f"{expected:.3f}", "ttft_slo_seconds": f"{objective:g}"},
+        max(settings.retry_after_seconds, shortage_seconds),
     )

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from scheduler.core.model import Key, Placed, Refused, Request
+from scheduler.core.commands import Placed, Refused
+from scheduler.core.model import Key, Request
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class RequestTable:
     def attempts(self, request_id: str) -> list[Request]:
         """Of all tenants, in order of arrival. O(n): for operators."""
         found = [request for key, request in self._requests.items() if key.request_id == request_id]
-        return sorted(found, key=lambda request: request.order_key)
+        return sorted(found, key=lambda request: request.number)
 
     def add(self, request: Request) -> None:
         key = request.key

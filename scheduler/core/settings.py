@@ -1,48 +1,98 @@
 """The knobs of the core."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+POLICIES = ("fair", "vtc", "cluster", "fcfs", "lcfs", "abort")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Limits and times of the core. Raises ValueError on a value out of range."""
+    """Limits, shares and times of the core; `docs/scheduling.md` says what each does.
 
+    Raises ValueError on a value out of range.
+    """
+
+    # Who goes first.
+    policy: str = "fair"
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+
+    # The queue.
     max_queued_requests: int = 10_000
-    # Prompt plus `max_tokens` of all queued requests.
     max_queued_tokens: int = 20_000_000
-    # Expected output in parts of `max_tokens`. Below 1 a worker is given more than it can hold at the worst, and
-    # preempts when the worst happens.
-    output_estimate_ratio: float = 1.0
-    # Requests on a worker that it has not admitted, at most.
-    max_waiting_requests: int = 32
-    # A request leaves the workers that have its adapter when their work exceeds
-    # `spill_ratio * (work of another) + spill_margin_tokens`.
-    spill_ratio: float = 1.25
-    spill_margin_tokens: int = 512
-    # How long requests wait for a first worker, and how long a lost worker's requests are remembered.
-    worker_grace_seconds: float = 2.0
-    # How long the requests of a lost gateway may go on before they are aborted.
-    gateway_grace_seconds: float = 0.5
-    # How long a new scheduler listens to the workers that are there before it places anything.
-    recovery_seconds: float = 2.0
-    # Output still expected of a sequence that ran before this scheduler started.
-    in_flight_tokens: int = 128
     retry_after_seconds: float = 1.0
 
+    # Admission.
+    output_quantile: float = 0.9
+    output_window: int = 64
+    output_min_samples: int = 16
+    max_waiting_requests: int = 32
+    lookahead_lanes: int = 4
+    max_overtaking: int = 64
+    step_target_seconds: float = 0.1
+    min_step_tokens: int = 128
+
+    # Batching by adapter.
+    max_batch_adapters: int = 0
+    adapter_step_share: float = 0.1
+    cluster_wait_seconds: float = 0.5
+    cluster_slack_seconds: float = 1.0
+    adapter_pool_share: float = 0.5
+    rotation_seconds: float = 2.0
+    max_prefetches: int = 8
+
+    # Deadlines.
+    ttft_slo_seconds: float = 0.0
+    tenant_ttft_slo_seconds: Mapping[str, float] = field(default_factory=dict)
+    abort_prefill_seconds: float = 0.5
+    fetch_bytes_per_second: float = 200e6
+    load_bytes_per_second: float = 2e9
+
+    # Placement.
+    spill_ratio: float = 1.25
+    spill_margin_tokens: int = 512
+    prefix_pages: int = 4096
+
+    # Peers that come and go.
+    worker_grace_seconds: float = 2.0
+    gateway_grace_seconds: float = 0.5
+    recovery_seconds: float = 2.0
+    in_flight_tokens: int = 128
+    fence_seconds: float = 10.0
+    history_requests: int = 10_000
+
     def __post_init__(self) -> None:
-        if not 0 < self.output_estimate_ratio <= 1:
-            raise ValueError(f"output_estimate_ratio is {self.output_estimate_ratio}, expected above 0 up to 1")
-        if self.spill_ratio < 1:
-            raise ValueError(f"spill_ratio is {self.spill_ratio}, expected at least 1")
-        for name in ("max_queued_requests", "max_queued_tokens", "max_waiting_requests", "in_flight_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+        for name in ("output_quantile", "adapter_step_share", "adapter_pool_share"):
+            self._check(name, 0 < getattr(self, name) <= 1, "above 0 up to 1")
+        self._check("spill_ratio", self.spill_ratio >= 1, "at least 1")
         for name in (
-            "spill_margin_tokens",
-            "worker_grace_seconds",
-            "gateway_grace_seconds",
-            "recovery_seconds",
-            "retry_after_seconds",
+            "max_queued_requests",
+            "max_queued_tokens",
+            "max_waiting_requests",
+            "in_flight_tokens",
+            "output_window",
+            "output_min_samples",
+            "lookahead_lanes",
+            "min_step_tokens",
+            "history_requests",
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            self._check(name, not isinstance(value, int | float) or value >= 0, "at least 0")
+        for name in ("tenant_weights", "tenant_ttft_slo_seconds"):
+            for tenant, value in getattr(self, name).items():
+                if value <= 0:
+                    raise ValueError(f"{name} of {tenant!r} is {value}, expected above 0")
+        for name in ("fetch_bytes_per_second", "load_bytes_per_second"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+
+    def _check(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def slo_seconds(self, tenant: str, asked: float | None) -> float | None:
+        """Target for the first token of a request; None when there is none."""
+        return asked or self.tenant_ttft_slo_seconds.get(tenant, self.ttft_slo_seconds) or None

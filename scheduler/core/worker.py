@@ -1,10 +1,16 @@
 """One registered worker as the core sees it: what it has, what it was given, and what it could still take."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from scheduler.core.model import Abort, Capacity, Command, Hello, Key, Offer, Request, RequestState, Residency, Tier
+from scheduler.core.commands import Action, Command, Preempt
+from scheduler.core.costs import CostModel
+from scheduler.core.model import Capacity, Hello, Key, Progress, Request, RequestState, Residency, Tier
 from scheduler.core.pages import peak_pages
+from scheduler.core.prefixes import PrefixMemory
 from scheduler.core.settings import Settings
+
+# Adapters that are remembered to have been prefetched.
+_MAX_PREFETCHED = 1024
 
 
 class Worker:
@@ -17,6 +23,13 @@ class Worker:
         self.identity = hello.identity
         self.epoch = epoch
         self.draining = False
+        # When it must be looked at though nothing happens; None when only an event can change anything.
+        self.wake_at: float | None = None
+        # Requests its line had ever had when it was looked at last.
+        self.pushes_seen = 0
+        self.costs = CostModel()
+        # The limit of its steps as it was last told; None before.
+        self.step_budget: int | None = None
         self.requests: dict[Key, Request] = {}
         self.residents: dict[str, Residency] = {}
         self.num_running = 0
@@ -28,15 +41,22 @@ class Worker:
         self._seq = 0
         self._outbox: list[Command] = []
         self._residency_sequence: int | None = None
-        # Adapter -> how many requests use it, and its pages.
+        # Adapter -> how many requests use it that are not rotated out, its pages, and since when it has users.
         self._adapter_users: dict[str, int] = {}
         self._adapter_pages: dict[str, int] = {}
+        self.turns: dict[str, float] = {}
+        self._front_keys: dict[str, int] = {}
         self._num_adapter_pages = 0
-        # Adapters in use that it does not have yet; None when they must be counted anew.
-        self._num_fetched: int | None = 0
+        # Requests that were told to give their pages back in favour of another adapter, and have not run since; each
+        # with the number of that command.
+        self.rotated: dict[Key, int] = {}
+        # Adapters it was told to bring to host memory.
+        self._prefetched: dict[str, None] = {}
+        self._prefixes = PrefixMemory(settings.prefix_pages)
         self._num_sequences = 0
-        # Pages when every sequence reaches its full context.
+        # Pages when every sequence reaches its full context, and pages now.
         self._full_pages = 0
+        self._held_pages = 0
         # (held, coming) of all sequences; None when it must be computed anew.
         self._profile: list[tuple[int, int]] | None = []
         # Sizes of the last request that did not fit; none of at least these sizes fits until something changes.
@@ -60,14 +80,38 @@ class Worker:
 
     def has(self, adapter: str) -> bool:
         """Nothing, or only a copy from host memory, is needed before it can run the adapter."""
-        return adapter in self._adapter_users or self.tier(adapter) is not Tier.STORE
+        known = adapter in self._adapter_users or adapter in self._prefetched
+        return known or self.tier(adapter) is not Tier.STORE
 
     @property
-    def num_adapters(self) -> int:
-        """Adapters it has, or fetches for its requests."""
-        if self._num_fetched is None:
-            self._num_fetched = sum(adapter not in self.residents for adapter in self._adapter_users)
-        return len(self.residents) + self._num_fetched
+    def adapters_in_use(self) -> Collection[str]:
+        """Adapters of the requests it has, those that are rotated out excepted."""
+        return self._adapter_users.keys()
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens at the beginning of its prompt that were computed here a while ago and may still be cached."""
+        return self._prefixes.num_pages(request.prefix) * self.capacity.page_size if request.prefix else 0
+
+    def front_key(self, adapter: str, order_key: int | None) -> int | None:
+        """The order key of what comes in the turn of an adapter that another had to end for; None in other turns.
+
+        `order_key` begins such a turn, which lasts as long as the adapter is in use.
+        """
+        if order_key is not None:
+            self._front_keys[adapter] = order_key
+        return self._front_keys.get(adapter)
+
+    def remember_prefix(self, request: Request) -> None:
+        self._prefixes.add(request.prefix)
+
+    def note_prefetch(self, adapter: str) -> bool:
+        """It is told to fetch the adapter; False when it was, or has it already."""
+        if adapter in self._prefetched or self.has(adapter):
+            return False
+        self._prefetched[adapter] = None
+        if len(self._prefetched) > _MAX_PREFETCHED:
+            del self._prefetched[next(iter(self._prefetched))]
+        return True
 
     def tier(self, adapter: str) -> Tier:
         residency = self.residents.get(adapter)
@@ -92,27 +136,39 @@ class Worker:
         pages = self.adapter_pages(request) + self.full_pages(request)
         return pages <= self.capacity.num_pages and request.num_outputs <= self.capacity.max_sequences
 
+    def has_room_for_adapter(self, request: Request) -> bool:
+        """Whether the request's adapter may join those in use: beyond their share of the pool they would push each
+        other, and the KV, out of it."""
+        if not request.adapter or request.adapter in self._adapter_users or not self._adapter_users:
+            return True
+        return self._pages_of_adapters_with(request) <= self._settings.adapter_pool_share * self.capacity.num_pages
+
     def can_take(self, request: Request) -> bool:
         """Whether it may be given the request now."""
         if self.full or self._num_sequences + request.num_outputs > self.capacity.max_sequences:
             return False
-        adapters = self._pages_of_adapters_with(request)
-        if adapters + self._full_pages + self.full_pages(request) <= self.capacity.num_pages:
+        if not self.has_room_for_adapter(request):
+            return False
+        adapters, pool = self._pages_of_adapters_with(request), self.capacity.num_pages
+        if adapters + self._full_pages + self.full_pages(request) <= pool:
             return True
-        coming = request.coming_tokens(self._settings.output_estimate_ratio)
-        sizes = (adapters, request.num_outputs, request.held_tokens, coming)
+        held = request.num_outputs * self.capacity.context_pages(request.held_tokens)
+        if adapters + self._held_pages + held > pool:
+            return False
+        sizes = (adapters, request.num_outputs, request.held_tokens, request.coming_tokens)
         if self._misfit and all(size >= limit for size, limit in zip(sizes, self._misfit, strict=True)):
             return False
-        fits = self.peak_pages_with(request) <= self.capacity.num_pages
+        fits = self.peak_pages_with(request) <= pool
         if not fits:
             self._misfit = sizes
         return fits
 
     def peak_pages_with(self, request: Request) -> int:
-        """Estimated pages at the peak of all its requests and this one."""
+        """Estimated pages at the peak of its requests, those rotated out excepted, and this one."""
         if self._profile is None:
-            self._profile = [pair for other in self.requests.values() for pair in self._sequences(other)]
-        sequences = [*self._profile, *self._sequences(request)]
+            present = [other for key, other in self.requests.items() if key not in self.rotated]
+            self._profile = [pair for other in present for pair in _sequences(other)]
+        sequences = [*self._profile, *_sequences(request)]
         return self._pages_of_adapters_with(request) + peak_pages(sequences, self.capacity.page_size)
 
     def obstacle(self, request: Request) -> str:
@@ -126,46 +182,84 @@ class Worker:
             return f"it would have {sequences} sequences and its limit is {capacity.max_sequences}"
         if self.num_waiting >= self._settings.max_waiting_requests:
             return f"{self.num_waiting} requests wait there and the limit is {self._settings.max_waiting_requests}"
+        if not self.has_room_for_adapter(request):
+            pages, share = self._pages_of_adapters_with(request), self._settings.adapter_pool_share
+            return (
+                f"adapters in use would need {pages} pages and may have {share:g} of the pool's "
+                f"{capacity.num_pages}; they take turns"
+            )
         if not self.can_take(request):
             peak = self.peak_pages_with(request)
             return f"its requests would need {peak} pages at their peak and its pool has {capacity.num_pages}"
         return ""
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """The request is on the worker from now on."""
         request.worker_id = self.worker_id
         self.requests[request.key] = request
         self.given_tokens += request.remaining_tokens
+        self.outstanding_tokens += request.remaining_tokens
+        self.num_running += request.state is RequestState.RUNNING
+        self._enter(request, now)
+
+    def remove(self, request: Request) -> None:
+        """The request has left the worker. Raises KeyError when it was not there."""
+        del self.requests[request.key]
+        self.outstanding_tokens -= request.remaining_tokens
+        self.num_running -= request.state is RequestState.RUNNING
+        if self.rotated.pop(request.key, None) is None:
+            self._exit(request)
+        request.worker_id = ""
+
+    def rotate_out(self, request: Request) -> None:
+        """Tells it to give the request's pages back: what it used is for others until it runs again."""
+        self._exit(request)
+        self.rotated[request.key] = self.command(Preempt(request.key))
+
+    def advance(self, request: Request, progress: Progress, expected_tokens: int, now: float) -> bool:
+        """Takes in what the request does and how far it is; False when that is nothing new."""
+        assert isinstance(progress.state, RequestState)
+        computed_tokens = max(progress.computed_tokens, request.computed_tokens)
+        generated_tokens = max(progress.generated_tokens, request.generated_tokens)
+        told = (progress.state, computed_tokens, generated_tokens)
+        if told == (request.state, request.computed_tokens, request.generated_tokens):
+            return False
+        self.outstanding_tokens -= request.remaining_tokens
+        self.num_running -= request.state is RequestState.RUNNING
+        preempt_seq = self.rotated.get(request.key)
+        if preempt_seq is None:
+            self._count(request, -1)
+        request.state, request.computed_tokens, request.generated_tokens = told
+        request.expected_tokens = expected_tokens
+        self.outstanding_tokens += request.remaining_tokens
+        self.num_running += request.state is RequestState.RUNNING
+        if preempt_seq is None:
+            self._count(request, 1)
+        elif request.state is RequestState.RUNNING and self.applied_seq >= preempt_seq:
+            del self.rotated[request.key]
+            self._enter(request, now)
+        return True
+
+    def _enter(self, request: Request, now: float) -> None:
         if request.adapter:
             users = self._adapter_users.get(request.adapter, 0)
             if not users:
                 self._adapter_pages[request.adapter] = self.adapter_pages(request)
                 self._num_adapter_pages += self._adapter_pages[request.adapter]
+                self.turns[request.adapter] = now
             self._adapter_users[request.adapter] = users + 1
         self._count(request, 1)
 
-    def remove(self, request: Request) -> None:
-        """The request has left the worker. Raises KeyError when it was not there."""
-        del self.requests[request.key]
-        request.worker_id = ""
+    def _exit(self, request: Request) -> None:
         if request.adapter:
             self._adapter_users[request.adapter] -= 1
             if not self._adapter_users[request.adapter]:
-                del self._adapter_users[request.adapter]
+                del self._adapter_users[request.adapter], self.turns[request.adapter]
+                self._front_keys.pop(request.adapter, None)
                 self._num_adapter_pages -= self._adapter_pages.pop(request.adapter)
         self._count(request, -1)
 
-    def advance(self, request: Request, state: RequestState, computed_tokens: int) -> bool:
-        """Takes in what the request does and how far it is; False when that is nothing new."""
-        computed_tokens = max(computed_tokens, request.computed_tokens)
-        if (state, computed_tokens) == (request.state, request.computed_tokens):
-            return False
-        self._count(request, -1)
-        request.state, request.computed_tokens = state, computed_tokens
-        self._count(request, 1)
-        return True
-
-    def command(self, action: Offer | Abort) -> int:
+    def command(self, action: Action) -> int:
         """Queues a command and returns its number."""
         self._seq += 1
         self._outbox.append(Command(self._seq, action))
@@ -190,7 +284,6 @@ class Worker:
             if last is not None and change.sequence != last + 1:
                 return False
             self._residency_sequence = change.sequence
-            self._num_fetched = None
             if change.tier is Tier.STORE:
                 self.residents.pop(change.adapter, None)
             else:
@@ -198,16 +291,16 @@ class Worker:
         return True
 
     def _count(self, request: Request, sign: int) -> None:
-        self.num_running += sign * (request.state is RequestState.RUNNING)
         self._num_sequences += sign * request.num_outputs
         self._full_pages += sign * self.full_pages(request)
-        self.outstanding_tokens += sign * request.remaining_tokens
-        self._profile = self._misfit = self._num_fetched = None
+        self._held_pages += sign * request.num_outputs * self.capacity.context_pages(request.held_tokens)
+        self._profile = self._misfit = None
 
     def _pages_of_adapters_with(self, request: Request) -> int:
         needs_more = request.adapter and request.adapter not in self._adapter_users
         return self._num_adapter_pages + (self.adapter_pages(request) if needs_more else 0)
 
-    def _sequences(self, request: Request) -> list[tuple[int, int]]:
-        pair = (request.held_tokens, request.coming_tokens(self._settings.output_estimate_ratio))
-        return [pair] * request.num_outputs
+
+def _sequences(request: Request) -> list[tuple[int, int]]:
+    """(tokens held, tokens coming) of each of its outputs."""
+    return [(request.held_tokens, request.coming_tokens)] * request.num_outputs

@@ -3,19 +3,26 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from scheduler.core.model import (
+from scheduler.core.commands import (
     Abort,
-    Capacity,
     Command,
+    Offer,
+    Placed,
+    Preempt,
+    Prefetch,
+    Refusal,
+    Refused,
+    Reorder,
+    Revoke,
+    StepBudget,
+)
+from scheduler.core.model import (
+    Capacity,
     Ending,
     Hello,
     Identity,
     Key,
-    Offer,
-    Placed,
     Progress,
-    Refusal,
-    Refused,
     Report,
     Request,
     RequestState,
@@ -76,18 +83,23 @@ def refusal(scheduler: Scheduler, now: float = 0.0) -> Refusal:
 def commands(scheduler: Scheduler, now: float = 0.0, worker_id: str = "w0") -> list[tuple[int, str, Key]]:
     """(number, kind, key) of each command for a worker."""
     return [
-        (command.seq, "offer", command.action.request.key)
-        if isinstance(command.action, Offer)
-        else (command.seq, "abort", command.action.key)
+        (command.seq, *_describe(command))
         for command in scheduler.schedule(now).commands.get(worker_id, [])
+        if not isinstance(command.action, Prefetch | StepBudget)
     ]
+
+
+def _describe(command: Command) -> tuple[str, Key]:
+    action = command.action
+    assert not isinstance(action, Prefetch | StepBudget)
+    return type(action).__name__.lower(), action.request.key if isinstance(action, Offer) else action.key
 
 
 def progress(request_id: str, state: RequestState | Ending, computed: int = 0) -> Report:
     return Report(progress=(Progress(key(request_id), state, computed_tokens=computed),))
 
 
-def with_worker(num_pages: int = 64, max_sequences: int = 16, **settings: float) -> Scheduler:
+def with_worker(num_pages: int = 64, max_sequences: int = 16, **settings: Any) -> Scheduler:
     scheduler = make_scheduler(**settings)
     scheduler.register(make_hello(num_pages=num_pages, max_sequences=max_sequences), 0.0)
     return scheduler
@@ -124,6 +136,7 @@ class SimulatedWorker:
     sequences: dict[Key, Sequence] = field(default_factory=dict)
     inbox: list[tuple[int, Command]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
+    hints: list[Prefetch | StepBudget] = field(default_factory=list)
     preemptions: int = 0
     _progress: list[Progress] = field(default_factory=list)
     _residency: list[Residency] = field(default_factory=list)
@@ -153,12 +166,28 @@ class SimulatedWorker:
                 self.epoch, self.applied_seq = epoch, 0
             assert command.seq == self.applied_seq + 1
             self.applied_seq = command.seq
-            action = command.action
-            if isinstance(action, Offer):
-                self._offer(action)
-            else:
-                self._abort(action)
+            self._apply(command)
         self.inbox.clear()
+
+    def _apply(self, command: Command) -> None:
+        action = command.action
+        match action:
+            case Offer():
+                self._offer(action)
+            case Abort():
+                self._abort(action)
+            case Revoke():
+                sequence = self.sequences.get(action.key)
+                if sequence and not sequence.running and not sequence.generated:
+                    self._end(sequence, Ending.REVOKED)
+            case Reorder():
+                if sequence := self.sequences.get(action.key):
+                    sequence.order_key = min(sequence.order_key, action.order_key)
+            case Preempt():
+                if (sequence := self.sequences.get(action.key)) and sequence.running:
+                    self._give_back(sequence)
+            case Prefetch() | StepBudget():
+                self.hints.append(action)
 
     def step(self) -> list[Key]:
         """Applies commands, admits, generates a token for each running sequence; returns the keys that finished."""
@@ -196,7 +225,7 @@ class SimulatedWorker:
         request = offer.request
         assert request.key not in self.sequences
         length = max(1, round(self.length_ratio * request.max_tokens))
-        sequence = Sequence(request, request.order_key, length)
+        sequence = Sequence(request, offer.order_key, length)
         self.sequences[request.key] = sequence
         self._progress.append(self._state(sequence))
 
@@ -220,20 +249,27 @@ class SimulatedWorker:
 
     def _preempt(self) -> None:
         youngest = [sequence for sequence in self._in_order() if sequence.running][-1]
-        youngest.running = False
+        self._give_back(youngest)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        sequence.running = False
         self.preemptions += 1
-        self._progress.append(self._state(youngest))
+        self._progress.append(self._state(sequence))
 
     def _end(self, sequence: Sequence, ending: Ending) -> None:
         del self.sequences[sequence.request.key]
-        self._progress.append(Progress(sequence.request.key, ending, sequence.request.adapter))
+        complete = ending is Ending.FINISHED and sequence.generated >= sequence.length
+        request = sequence.request
+        self._progress.append(
+            Progress(request.key, ending, request.adapter, sequence.tokens, sequence.generated, complete)
+        )
 
     def _state(self, sequence: Sequence) -> Progress:
         request = sequence.request
         if sequence.running:
-            return Progress(request.key, RequestState.RUNNING, request.adapter, sequence.tokens)
+            return Progress(request.key, RequestState.RUNNING, request.adapter, sequence.tokens, sequence.generated)
         state = RequestState.PREEMPTED if sequence.generated else RequestState.WAITING
-        return Progress(request.key, state, request.adapter)
+        return Progress(request.key, state, request.adapter, generated_tokens=sequence.generated)
 
     def _in_order(self) -> list[Sequence]:
         return sorted(self.sequences.values(), key=lambda sequence: sequence.order_key)
@@ -259,11 +295,12 @@ def simulated_peak(sequences: list[tuple[int, int]], page_size: int) -> int:
 
 
 def estimated_pages(scheduler: Scheduler, worker_id: str) -> int:
-    """The peak of what the worker has, adapters included, by brute force, for output_estimate_ratio 1."""
+    """The peak of what the worker has, adapters included, by brute force."""
     worker = scheduler.fleet.get(worker_id)
     assert worker is not None
-    pairs = [(request.held_tokens, request.coming_tokens(1.0)) for request in worker.requests.values()]
-    adapters = {request.adapter: worker.adapter_pages(request) for request in worker.requests.values()}
+    present = [request for key, request in worker.requests.items() if key not in worker.rotated]
+    pairs = [(request.held_tokens, request.coming_tokens) for request in present]
+    adapters = {request.adapter: worker.adapter_pages(request) for request in present}
     peak = simulated_peak(pairs, worker.capacity.page_size)
     assert peak == peak_pages(pairs, worker.capacity.page_size)
     return peak + sum(adapters.values())

@@ -9,7 +9,8 @@ from common.errors import InvalidArgument
 from loraplex.v1 import scheduler_pb2, types_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.convert import MAX_BATCH_BYTES, from_answer, from_commands, to_hello, to_report, to_request
-from scheduler.core.model import Command, Ending, Key, Offer, Reason, Refusal, Refused, RequestState, Tier
+from scheduler.core.commands import Command, Offer, Refusal, Refused
+from scheduler.core.model import Ending, Key, Reason, RequestState, Tier
 from scheduler.core.settings import Settings
 from tests.scheduler.fakes import make_key, make_model, make_spec
 
@@ -88,7 +89,7 @@ def test_long_prompts_travel_in_several_messages() -> None:
     request = to_request(make_spec("r", prompt=100_000), now=0.0)
     assert isinstance(request.payload, types_pb2.RequestSpec)
     request.payload.prompt_token_ids[:] = [2**31] * 100_000
-    commands = [Command(seq, Offer(request, None, Reason.COLD, None, 0.0)) for seq in range(1, 8)]
+    commands = [Command(seq, Offer(request, None, Reason.COLD, None, 0.0, 1)) for seq in range(1, 8)]
     messages = list(from_commands(5, commands))
     assert len(messages) > 1
     assert [command.seq for message in messages for command in message.commands.commands] == list(range(1, 8))

@@ -2,12 +2,12 @@
 
 import pytest
 
+from scheduler.core.commands import Placed
 from scheduler.core.identity import IdentityMismatchError
 from scheduler.core.model import (
     Capacity,
     Ending,
     Identity,
-    Placed,
     Progress,
     Report,
     RequestState,
@@ -16,7 +16,6 @@ from scheduler.core.model import (
 )
 from scheduler.core.scheduler import ResidencyGapError, Scheduler
 from scheduler.core.settings import Settings
-from scheduler.core.waiting import WaitingQueue
 from tests.scheduler.core_fakes import (
     IDENTITY,
     answers,
@@ -39,7 +38,7 @@ def test_order_keys_grow_with_arrival_and_stay_when_a_request_is_given_back() ->
     for request in requests:
         scheduler.submit(request, 0.0)
     scheduler.schedule(0.0)
-    order_keys = [request.order_key for request in requests]
+    order_keys = [request.order_key or 0 for request in requests]
     assert order_keys == sorted(set(order_keys))
     scheduler.report("w0", Report(progress=tuple(Progress(key(f"r{n}"), Ending.REVOKED) for n in (2, 0))), 0.0)
     assert commands(scheduler) == [(4, "offer", key("r0")), (5, "offer", key("r2"))]
@@ -47,38 +46,20 @@ def test_order_keys_grow_with_arrival_and_stay_when_a_request_is_given_back() ->
 
 
 def test_order_keys_of_a_later_scheduler_are_greater() -> None:
-    older, newer = (Scheduler(Settings(recovery_seconds=0.0), epoch, 0.0) for epoch in (1000, 1001))
+    settings = Settings(recovery_seconds=0.0, max_waiting_requests=2000)
+    older, newer = (Scheduler(settings, epoch, 0.0) for epoch in (1000, 1001))
     last, first = make_request("last"), make_request("first")
     for index in range(1000):
         older.submit(make_request(f"r{index}"), 0.0)
     older.submit(last, 0.0)
     newer.submit(first, 0.0)
+    for scheduler in (older, newer):
+        scheduler.register(make_hello(num_pages=10_000, max_sequences=2000), 0.0)
+        while scheduler.schedule(0.0).incomplete:
+            pass
+    assert last.order_key is not None
+    assert first.order_key is not None
     assert last.order_key < first.order_key
-
-
-def test_the_queue_takes_the_oldest_head_and_keeps_a_waiting_lane_aside() -> None:
-    queue = WaitingQueue()
-    for order_key, adapter in [(3, "a"), (1, "b"), (2, "a"), (4, "b"), (5, "c")]:
-        queue.push(make_request(f"r{order_key}", adapter, order_key=order_key))
-    seen = []
-    for lane, request in queue.heads():
-        seen.append(request.order_key)
-        if lane.adapter != "a":
-            queue.remove(request)
-    assert seen == [1, 2, 4, 5]
-    assert [request.order_key for _, request in queue.heads()] == [2]
-    assert queue.num_requests == 2
-
-
-def test_a_request_that_comes_back_older_than_the_head_goes_first() -> None:
-    queue = WaitingQueue()
-    requests = [make_request(f"r{order_key}", "a", order_key=order_key) for order_key in (1, 2)]
-    for request in requests:
-        queue.push(request)
-    queue.remove(requests[0])
-    queue.push(requests[0])
-    assert queue.oldest is requests[0]
-    assert [request for _, request in queue.heads()] == [requests[0]]
 
 
 # Commands and reports.
@@ -139,12 +120,12 @@ def test_a_preempted_request_keeps_its_estimate() -> None:
     scheduler.schedule(0.0)
     scheduler.report("w0", progress("r0", RequestState.RUNNING, 25), 0.0)
     scheduler.report("w0", progress("r0", RequestState.PREEMPTED, 0), 0.0)
-    assert (request.held_tokens, request.coming_tokens(1.0)) == (26, 4)
+    assert (request.held_tokens, request.coming_tokens) == (26, 4)
 
 
 def test_delivered_tokens_of_an_earlier_attempt_are_output() -> None:
     request = make_request("r0", prompt=10, max_tokens=20, delivered_tokens=5, attempt=1)
-    assert (request.held_tokens, request.coming_tokens(1.0), request.coming_tokens(0.5)) == (16, 14, 7)
+    assert (request.held_tokens, request.coming_tokens) == (16, 14)
 
 
 def test_changes_of_residency_are_applied_once_and_in_order() -> None:
@@ -320,7 +301,7 @@ def test_a_worker_must_serve_what_the_others_serve(identity: Identity, reason: s
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("output_estimate_ratio", 0.0), ("output_estimate_ratio", 1.1), ("spill_ratio", 0.9), ("max_queued_requests", 0)],
+    [("output_quantile", 0.0), ("output_quantile", 1.1), ("spill_ratio", 0.9), ("max_queued_requests", 0)],
 )
 def test_settings_out_of_range_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{setting} is {value}, expected"):

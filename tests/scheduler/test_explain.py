@@ -8,9 +8,9 @@ from tests.scheduler.core_fakes import key, make_request, progress, with_worker
 
 
 def test_explain_says_where_a_request_is() -> None:
-    scheduler = with_worker(num_pages=8)
+    scheduler = with_worker(num_pages=8, policy="fcfs")
     assert explain(scheduler, "r0", 0.0) == [
-        "No request r0 is queued or on a worker: it was never submitted here, or it has ended."
+        "No request r0 is queued or on a worker: it was never submitted here, or ended long ago."
     ]
     scheduler.submit(make_request("r0", max_tokens=24), 0.0)
     scheduler.submit(make_request("r1", max_tokens=24), 0.0)
@@ -20,8 +20,9 @@ def test_explain_says_where_a_request_is() -> None:
         "Attempt 0 of request r0 was offered to worker w0 as command 1; the worker has confirmed 0."
     ]
     assert explain(scheduler, "r1", 2.0) == [
-        "Attempt 0 of request r1 has been queued for 2.0 s, at position 1 of 2.",
-        "Worker w0 does not get it now: its requests would need 16 pages at their peak and its pool has 8.",
+        "Attempt 0 of request r1 has been queued for 2.0 s, at position 1 of 2 by arrival; the policy is fcfs.",
+        "It waits in the line of worker w0, which holds 2 requests and about 0.0 s of work, 0.0 s of it of its tenant.",
+        "Worker w0 cannot take it now: its requests would need 16 pages at their peak and its pool has 8.",
     ]
     sentences = {
         RequestState.WAITING: "waits in the local queue of worker w0 with 0 others",

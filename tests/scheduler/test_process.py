@@ -63,7 +63,7 @@ def test_it_stops_on_a_signal(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--output-estimate-ratio", "2"], "output_estimate_ratio is 2.0, expected above 0 up to 1"),
+        (["--output-quantile", "2"], "output_quantile is 2.0, expected above 0 up to 1"),
         (["--port", "1", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1:1"),
     ],
     ids=["setting", "address"],

@@ -57,7 +57,7 @@ async def test_a_request_is_offered_placed_and_forgotten_when_it_has_finished(ce
     assert (snapshot.applied_seq, snapshot.offered_requests) == (1, 0)
     await worker.finish("r")
     await until_worker(cell, running_requests=0)
-    assert "never submitted here, or it has ended" in await explain(cell, "r")
+    assert "Attempt 0 of request r finished on worker w0" in await explain(cell, "r")
 
 
 async def test_a_gateway_learns_of_workers_that_come_drain_and_go(cell: Cell) -> None:
@@ -123,7 +123,7 @@ async def test_a_queued_request_is_explained_and_leaves_the_queue_when_it_is_abo
     assert "was offered to worker w0 as command 1; the worker has confirmed 0" in await explain(cell, "first")
     text = await explain(cell, "second")
     assert "position 1 of 1" in text
-    assert "Worker w0 does not get it now: its requests would need" in text
+    assert "Worker w0 cannot take it now: its requests would need" in text
     await gateway.abort(make_key("second"))
     await until(cell, queued_requests=0)
 

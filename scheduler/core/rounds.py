@@ -1,0 +1,121 @@
+"""One round of decisions: workers that something happened to are given what they can take, idle ones help out."""
+
+from scheduler.core.commands import Prefetch
+from scheduler.core.fleet import Fleet
+from scheduler.core.lifecycle import Lifecycle
+from scheduler.core.lines import Line
+from scheduler.core.model import Request
+from scheduler.core.rotation import rotate
+from scheduler.core.selection import Selection
+from scheduler.core.settings import Settings
+from scheduler.core.worker import Worker
+
+# Admission tests after which a round ends and the next follows: a round stays short whatever has happened.
+_TESTS_OF_A_ROUND = 32
+# Busiest workers whose lines an idle one looks at.
+_DONORS = 4
+
+
+class Rounds:
+    """Goes through the workers that were touched, in the order of what happened to them."""
+
+    def __init__(self, fleet: Fleet, life: Lifecycle, settings: Settings) -> None:
+        self._fleet = fleet
+        self._life = life
+        self._backlog = life.queue
+        self._placement = life.placement
+        self._policy = life.policy
+        self._settings = settings
+        self._selection = Selection(life.policy, settings)
+        self._num_offered = 0
+
+    def run(self, now: float) -> bool:
+        """Offers what can be offered; False when there is more to look at."""
+        self._policy.round_begins(self._backlog.num_requests)
+        self._num_offered = 0
+        last_test = self._selection.num_tests + _TESTS_OF_A_ROUND
+        for worker in self._fleet.workers:
+            if worker.wake_at is not None and worker.wake_at <= now:
+                self._life.touch(worker.worker_id)
+        touched = self._life.touched
+        looked_at = []
+        while touched and self._selection.num_tests < last_test:
+            worker_id = next(iter(touched))
+            del touched[worker_id]
+            found = self._fleet.get(worker_id)
+            if found is not None and not found.draining:
+                self._serve(found, now)
+                looked_at.append(found)
+        helped = self._help(looked_at, now)
+        self._policy.round_ends(self._num_offered, self._backlog.num_requests)
+        return not touched and not helped
+
+    def _serve(self, worker: Worker, now: float) -> None:
+        """Gives the worker what it can take of its line."""
+        worker.wake_at = None
+        line = self._backlog.line(worker.worker_id)
+        before = self._num_offered
+        if line.num_requests:
+            for request in self._selection.choose(worker, line, now):
+                self._give(request, worker, now)
+        head = line.head()
+        order_key = rotate(worker, head, now, self._settings)
+        if order_key is not None and head is not None and worker.can_take(head):
+            self._give(head, worker, now, order_key)
+        if line.num_requests and (self._num_offered > before or line.num_pushed != worker.pushes_seen):
+            worker.pushes_seen = line.num_pushed
+            self._prefetch(worker, line)
+
+    def _help(self, workers: list[Worker], now: float) -> bool:
+        """Those of `workers` that have nothing in line take over from lines that are far behind; True if one did."""
+        idle = [worker for worker in workers if not worker.full and not self._has_line(worker)]
+        if not idle or not self._backlog.num_requests:
+            return False
+        donors = {worker: self._placement.load(worker) for worker in self._fleet.workers if self._has_line(worker)}
+        helped = False
+        for worker in idle:
+            while donors and not worker.full:
+                if (found := self._takeover(worker, donors)) is None:
+                    break
+                donor, request = found
+                self._give(request, worker, now)
+                helped = True
+                donors[donor] = self._placement.load(donor)
+                if not self._has_line(donor):
+                    del donors[donor]
+        return helped
+
+    def _takeover(self, worker: Worker, donors: dict[Worker, int]) -> tuple[Worker, Request] | None:
+        """What the worker should take from whose line; `donors` are the owners of lines by their load in tokens.
+
+        A request of an adapter that it runs already, from one of the busiest; else one of those that the busiest would
+        take next: that of the adapter which the fewest workers have.
+        """
+        own = self._placement.load(worker)
+        busiest = sorted(donors, key=lambda other: (donors[other], other.worker_id), reverse=True)[:_DONORS]
+        behind = [other for other in busiest if not worker.requests or self._placement.is_far_above(donors[other], own)]
+        for donor in behind:
+            heads = self._backlog.line(donor.worker_id).heads_of(worker.adapters_in_use)
+            for request in heads[: self._settings.lookahead_lanes]:
+                if self._selection.fits(worker, request):
+                    return donor, request
+        for donor in behind[:1]:
+            candidates = self._backlog.line(donor.worker_id).candidates(self._settings.lookahead_lanes)
+            fitting = [request for request in candidates if self._selection.fits(worker, request)]
+            if fitting:
+                return donor, min(fitting, key=lambda request: self._placement.num_homes(request.adapter))
+        return None
+
+    def _prefetch(self, worker: Worker, line: Line) -> None:
+        """Has adapters fetched that will be needed next."""
+        candidates = line.candidates(self._settings.max_prefetches)
+        for request in list(candidates):
+            if request.adapter and worker.note_prefetch(request.adapter):
+                worker.command(Prefetch(request.tenant, request.adapter, request.adapter_bytes))
+
+    def _give(self, request: Request, worker: Worker, now: float, order_key: int | None = None) -> None:
+        self._life.offer(request, worker, now, order_key)
+        self._num_offered += 1
+
+    def _has_line(self, worker: Worker) -> bool:
+        return self._backlog.line(worker.worker_id).num_requests > 0

@@ -90,9 +90,16 @@ class StagedAdapter:
                 failpoint("mid-chunk")
 
     def seal(self) -> None:
-        """Ends the last file; after it the files are durable and `sha256` has all of them."""
-        with self._lock, disk_errors():
+        """Ends the last file; after it `sha256` has all of them."""
+        with self._lock:
             self._end()
+
+    def sync(self) -> None:
+        """Makes the sealed files durable."""
+        with disk_errors():
+            for name in self.sha256:
+                with self.open(name) as file:
+                    os.fsync(file.fileno())
         failpoint("after-fsync")
 
     def check_room(self, wanted_bytes: int) -> None:
@@ -127,7 +134,6 @@ class StagedAdapter:
 
     def _end(self) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
             self.sha256[self._name] = self._digest.hexdigest()
@@ -177,8 +183,8 @@ class Blobs:
         return try_lock(self._data_dir / "sweep.lock", exclusive=True)
 
     def publish(self, staged: StagedAdapter, digest: str, *, damaged: bool = False) -> None:
-        """Makes a sealed folder the object `digest`, durably. The same object already there stays as it is, unless it
-        is `damaged`."""
+        """Makes a sealed and synced folder the object `digest`, durably. The same object already there stays as it is,
+        unless it is `damaged`."""
         with disk_errors():
             for file in staged.directory.iterdir():
                 file.chmod(0o400)

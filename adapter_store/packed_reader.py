@@ -1,6 +1,5 @@
 """Reads one packed string from a mapping of its file, and knows whether the bytes are those once written."""
 
-import hashlib
 import mmap
 from io import FileIO
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from adapter_store.disk import open_existing
 from adapter_store.packed import layout_name, packed_name, parse_layout
 from adapter_store.registry import Version
+from common.checksum import Checksum
 from common.errors import DataLoss
 from loraplex.v1 import types_pb2
 
@@ -25,8 +25,7 @@ class PackedReader:
         self.layout = layout
         self._file = file
         self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._digest = hashlib.sha256()
-        self._hashed_bytes = 0
+        self._checksum = Checksum(layout)
 
     @classmethod
     def open(cls, directory: Path, version: Version, dtype: str) -> "PackedReader":
@@ -58,17 +57,14 @@ class PackedReader:
 
     def hash(self, offset_bytes: int, data: bytes) -> None:
         """Takes in bytes that were read; those before them are read for it if they were not. Blocks."""
-        while self._hashed_bytes < offset_bytes:
-            before = self.read(self._hashed_bytes, min(_AHEAD_BYTES, offset_bytes - self._hashed_bytes))
-            self._digest.update(before)
-            self._hashed_bytes += len(before)
-        self._digest.update(data)
-        self._hashed_bytes += len(data)
+        while (start := self._checksum.num_bytes) < offset_bytes:
+            self._checksum.update(self.read(start, min(_AHEAD_BYTES, offset_bytes - start)))
+        self._checksum.update(data)
 
     def is_intact(self) -> bool:
-        """Whether all bytes have the sha256 of when they were written. Blocks."""
+        """Whether all bytes are as they were written. Blocks."""
         self.hash(len(self._mapped), b"")
-        return self._digest.hexdigest() == self.layout.sha256
+        return self._checksum.holds()
 
     def close(self) -> None:
         self._mapped.close()

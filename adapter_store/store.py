@@ -69,7 +69,7 @@ class AdapterStore:
         self._metrics = metrics
         self._clock = clock
         self._policy = policy
-        # Versions whose stored bytes failed their sha256: not served again, and replaced by the next upload.
+        # Versions whose stored bytes failed their checksum: not served again, and replaced by the next upload.
         self._damaged: set[str] = set()
         self._admissions = asyncio.Semaphore(_MAX_ADMISSIONS)
         # An object must not be swept between its rename and the id that points to it.
@@ -149,8 +149,8 @@ class AdapterStore:
         return export_chunks(self._blobs, version)
 
     def found_damaged(self, digest: str, layout: types_pb2.PackedLayout) -> DataLoss:
-        """Bytes just read failed their sha256: they are not served again. Returns the error to raise."""
-        _log.error("stored bytes failed their sha256", extra={"adapter_version": digest, "sha256": layout.sha256})
+        """Bytes just read are not those once written: they are not served again. Returns the error to raise."""
+        _log.error("stored bytes failed their checksum", extra={"adapter_version": digest, "sha256": layout.sha256})
         self._metrics.verify_failures.labels("read").inc()
         self._blobs.drop_derived(digest)
         self._damaged.add(digest)

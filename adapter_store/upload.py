@@ -29,16 +29,33 @@ async def read_target(requests: AsyncIterator[pb.UploadAdapterRequest]) -> Targe
 
 async def receive(requests: AsyncIterator[pb.UploadAdapterRequest], staged: StagedAdapter) -> None:
     """Writes all chunks and seals the files. Raises InvalidArgument, or ResourceExhausted when the disk is full."""
-    async for request in requests:
-        if not request.HasField("chunk"):
-            raise InvalidArgument("CHUNK_MISSING", "every message after the header must be a chunk", field="chunk")
-        chunk = request.chunk
-        name = FILES.get(chunk.file)
-        if name is None:
-            message = f"file is {int(chunk.file)}; only the config, the weights and the chat template are taken"
-            raise InvalidArgument("FILE_UNKNOWN", message, field="chunk.file")
-        if len(chunk.data) > MAX_CHUNK_BYTES:
-            message = f"a chunk has {len(chunk.data)} bytes; the limit is {MAX_CHUNK_BYTES}"
-            raise InvalidArgument("CHUNK_TOO_LARGE", message, field="chunk.data")
-        await asyncio.to_thread(staged.append, name, chunk.data)
-    await asyncio.to_thread(staged.seal)
+    loop, writing = asyncio.get_running_loop(), None
+    try:
+        async for request in requests:
+            name, data = _checked(request)
+            if writing is not None:
+                await writing
+            # While it is hashed and written the next one comes in.
+            writing = loop.run_in_executor(None, staged.append, name, data)
+    finally:
+        if writing is not None:
+            await asyncio.wait([writing])
+    if writing is not None:
+        await writing
+    staged.seal()
+
+
+def _checked(request: pb.UploadAdapterRequest) -> tuple[str, bytes]:
+    """Name and next bytes of a file. Raises InvalidArgument."""
+    if not request.HasField("chunk"):
+        raise InvalidArgument("CHUNK_MISSING", "every message after the header must be a chunk", field="chunk")
+    chunk = request.chunk
+    name = FILES.get(chunk.file)
+    if name is None:
+        message = f"file is {int(chunk.file)}; only the config, the weights and the chat template are taken"
+        raise InvalidArgument("FILE_UNKNOWN", message, field="chunk.file")
+    data = chunk.data
+    if len(data) > MAX_CHUNK_BYTES:
+        message = f"a chunk has {len(data)} bytes; the limit is {MAX_CHUNK_BYTES}"
+        raise InvalidArgument("CHUNK_TOO_LARGE", message, field="chunk.data")
+    return name, data

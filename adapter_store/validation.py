@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from adapter_store.base import ServedBase
 from adapter_store.blobs import CHAT_TEMPLATE, CONFIG, WEIGHTS, StagedAdapter
 from adapter_store.effects import MeasuredWeights
+from adapter_store.lane import Lane
 from adapter_store.manifest import write_version
 from adapter_store.modules import pair_tensors
 from adapter_store.packed import write_packed
@@ -28,9 +29,9 @@ class Admitted:
 
 
 def admit(staged: StagedAdapter, base: ServedBase | None) -> Admitted:
-    """Checks the sealed files, and writes the packed string and the manifest beside them.
+    """Checks the sealed files, and writes the packed string and the manifest beside them; all of them are durable then.
 
-    Blocks; holds one module in memory at a time.
+    Blocks; holds a few modules in memory at a time.
 
     Raises InvalidArgument naming what is wrong, FailedPrecondition when the adapter does not fit `base`,
     ResourceExhausted when the disk is full.
@@ -40,15 +41,17 @@ def admit(staged: StagedAdapter, base: ServedBase | None) -> Admitted:
             raise InvalidArgument("FILE_MISSING", f"the upload holds no {name}")
     config = parse_config(staged.read(CONFIG))
     chat_template = _chat_template(staged)
-    with staged.open(WEIGHTS) as file:
+    with staged.open(WEIGHTS) as file, Lane() as syncing:
         tensors = read_header(file, os.fstat(file.fileno()).st_size)
         modules = pair_tensors(tensors, config)
         layout = plan([module.spec for module in modules], tensors[0].dtype)
         if base is not None:
             _check_base(layout, base)
         staged.check_room(layout.total_bytes)
+        syncing.give(staged.sync)
         measured = MeasuredWeights(file, modules)
         layout = write_packed(staged.directory, layout, measured)
+        syncing.finish()
     version = Version(
         digest=_digest(config, staged),
         base_model=config.base_model,

@@ -26,6 +26,9 @@ _MAX_DEPTH = 3
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # numpy has no bfloat16: its bits travel as unsigned integers.
 ELEMENTS = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
+# Bits of each dtype.
+_SIGN = {"float32": 1 << 31, "bfloat16": 1 << 15, "float16": 1 << 15}
+_INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
 Array = npt.NDArray[np.generic]
 
@@ -86,11 +89,20 @@ def read_tensor(file: BinaryIO, tensor: TensorInfo) -> Array:
     return data.reshape(rows, columns)
 
 
-def widen(data: Array, dtype: str) -> npt.NDArray[np.float64]:
-    """The values of a tensor whose bits are `data`, as float64 `[rows, columns]`."""
+def widen(data: Array, dtype: str) -> npt.NDArray[np.float32]:
+    """The values of a tensor whose bits are `data`, as float32 `[rows, columns]`."""
     if dtype == "bfloat16":
-        data = (data.astype(np.uint32) << 16).view(np.float32)
-    return data.astype(np.float64)
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    return data.astype(np.float32, copy=False)
+
+
+def is_finite(data: Array, dtype: str) -> bool:
+    """Whether no value of a tensor whose bits are `data` is NaN or infinite.
+
+    Without the sign, the bits of values are in the order of the values, infinity and NaN last: none is widened.
+    """
+    bits = data.view(f"<u{data.itemsize}")
+    return bool((bits & _SIGN[dtype] - 1).max() < _INFINITY[dtype])
 
 
 def _check_metadata(metadata: object) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 UNIT_BYTES = 128
 
@@ -47,6 +48,7 @@ class PackedLayout:
     total_bytes: int
     modules: tuple[PackedModule, ...]
     sha256: str = ""
+    blake3: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,14 @@ def plan(specs: Iterable[ModuleSpec], dtype: str) -> PackedLayout:
 def pack(
     layout: PackedLayout, weights: Mapping[tuple[int, str], tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]
 ) -> tuple[PackedLayout, npt.NDArray[np.uint8]]:
-    """Writes the byte string and returns it with the layout that carries its sha256.
+    """Writes the byte string and returns it with the layout that carries its sha256 and its BLAKE3.
 
     `weights[layer, module]` = (A `[lora_rank, in_features]`, B `[out_features, lora_rank]`), any element type of the
     layout's width (bits are moved, never converted). Raises ValueError on a shape or a width that differs from it.
     """
     data = fill(layout, weights)
-    return replace(layout, sha256=hashlib.sha256(data.data).hexdigest()), data
+    sha256, blake = hashlib.sha256(data.data).hexdigest(), blake3(data.data).hexdigest()
+    return replace(layout, sha256=sha256, blake3=blake), data
 
 
 def fill(

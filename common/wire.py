@@ -54,7 +54,11 @@ def layout_to_proto(layout: PackedLayout) -> types_pb2.PackedLayout:
         for module in layout.modules
     ]
     return types_pb2.PackedLayout(
-        dtype=_DTYPES[layout.dtype], total_bytes=layout.total_bytes, sha256=layout.sha256, modules=modules
+        dtype=_DTYPES[layout.dtype],
+        total_bytes=layout.total_bytes,
+        sha256=layout.sha256,
+        blake3=layout.blake3,
+        modules=modules,
     )
 
 
@@ -71,4 +75,4 @@ def layout_from_proto(proto: types_pb2.PackedLayout) -> PackedLayout:
         )
         for module in proto.modules
     )
-    return PackedLayout(_DTYPE_NAMES[proto.dtype], proto.total_bytes, modules, proto.sha256)
+    return PackedLayout(_DTYPE_NAMES[proto.dtype], proto.total_bytes, modules, proto.sha256, proto.blake3)

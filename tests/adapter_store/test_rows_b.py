@@ -24,7 +24,7 @@ from gpu_worker.loader import HostAdapter, LoadDone, Loader
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.metrics import WorkerMetrics
-from loraplex.v1 import engine_pb2
+from loraplex.v1 import engine_pb2, types_pb2
 from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files, make_tensors
 from tests.adapter_store.fakes import TENANT, StoreClient
@@ -138,6 +138,19 @@ async def test_b16_another_upload_of_the_bytes_mends_them(client: StoreClient, d
     assert await put(client, "a") == version
     fetched = await client.fetch(version)
     assert fetched.layout.sha256 == hashlib.sha256(fetched.data.tobytes()).hexdigest()
+
+
+async def test_b16_bytes_older_than_their_blake3_are_verified_too(client: StoreClient, data_dir: Path) -> None:
+    version = await put(client, "a")
+    file = data_dir / "objects" / version / "packed.float32.layout"
+    layout = types_pb2.PackedLayout.FromString(file.read_bytes())
+    layout.ClearField("blake3")
+    file.chmod(0o600)
+    file.write_bytes(layout.SerializeToString())
+    assert (await client.fetch(version)).layout == layout
+    flip(data_dir / "objects" / version / "packed.float32", 9)
+    with pytest.raises(DataLoss):
+        await client.fetch(version)
 
 
 @contextmanager

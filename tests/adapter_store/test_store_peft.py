@@ -99,8 +99,9 @@ async def test_an_adapter_of_peft_arrives_as_it_was(
     assert_same_tensors(fetched, adapter)
     assert_same_scaling(fetched, adapter)
     norm = math.sqrt(sum(effect.delta_norm**2 for effect in response.adapter.modules))
-    # The same float64 products, summed in another order.
-    assert norm == pytest.approx(math.sqrt(sum(norm**2 for norm in adapter.delta_norm.values())), rel=1e-10)
+    # The store sums products of 16-bit values in float32, others in float64 as is done here.
+    error = 1e-10 if dtype == torch.float32 else 1e-6
+    assert norm == pytest.approx(math.sqrt(sum(norm**2 for norm in adapter.delta_norm.values())), rel=error)
 
 
 async def test_names_with_default_are_the_same_adapter(client: StoreClient, base: Any, tmp_path: Path) -> None:

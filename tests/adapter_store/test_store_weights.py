@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from adapter_store.effects import squared_norm
+from adapter_store.effects import squared_norm, squared_norm_of_bits
 from adapter_store.modules import pair_tensors
 from adapter_store.packed import write_packed
 from adapter_store.peft_config import parse_config
-from adapter_store.weights import MAX_HEADER_BYTES, TensorInfo, read_header
+from adapter_store.weights import ELEMENTS, MAX_HEADER_BYTES, TensorInfo, is_finite, read_header, widen
 from common.errors import InvalidArgument
 from common.packing import ModuleSpec, plan
 from tests.adapter_store.crafted import (
@@ -214,3 +214,24 @@ def test_the_norm_of_a_product_needs_no_product(lora_rank: int, in_features: int
     random = np.random.default_rng(0)
     a, b = random.normal(size=(lora_rank, in_features)), random.normal(size=(out_features, lora_rank))
     assert squared_norm(a, b) == pytest.approx(float(np.sum((b @ a) ** 2)), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_norm_of_values_that_float32_cannot_multiply(size: float) -> None:
+    values = np.random.default_rng(0).normal(size=(2, 40)).astype(np.float32) * np.float32(size)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    a, b = bits[:, :25], bits[:, 25:].T
+    wide_a, wide_b = (((part.astype(np.uint32) << 16).view(np.float32)).astype(np.float64) for part in (a, b))
+    expected = float(np.sum((wide_b @ wide_a) ** 2))
+    # Sums of 40 products in float32.
+    assert squared_norm_of_bits(a, b, "bfloat16") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", list(ELEMENTS))
+def test_what_is_finite_is_told_by_the_bits(dtype: str) -> None:
+    """Every pattern of 16 bits, and of the upper 16 of 32."""
+    patterns = np.arange(2**16, dtype=np.uint32)
+    bits = patterns << 16 if dtype == "float32" else patterns
+    data = bits.astype("<u4" if dtype == "float32" else "<u2").view(ELEMENTS[dtype])
+    finite = [is_finite(data[place : place + 1], dtype) for place in range(2**16)]
+    assert finite == list(np.isfinite(widen(data, dtype)))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,7 @@ def test_the_layout_carries_the_checksum_of_the_bytes() -> None:
     layout = one_module()
     packed, data = pack(layout, draw_weights(layout))
     assert packed.sha256 == hashlib.sha256(data.tobytes()).hexdigest()
+    assert packed.blake3 == blake3(data.tobytes()).hexdigest()
 
 
 def test_a_strided_matrix_is_packed_by_its_values() -> None:

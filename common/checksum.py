@@ -1,0 +1,35 @@
+"""Whether the bytes of a packed adapter are those that were once written."""
+
+import hashlib
+from typing import Protocol
+
+from blake3 import blake3
+
+
+class Promised(Protocol):
+    """A layout: the dataclass or the message. An empty `blake3` was not recorded."""
+
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def blake3(self) -> str: ...
+
+
+class Checksum:
+    """Takes in bytes in their order, then compares with what the layout promises.
+
+    BLAKE3 where it is recorded: one core verifies several gigabytes a second with it, and about one with sha256.
+    """
+
+    def __init__(self, promised: Promised) -> None:
+        self._digest = blake3() if promised.blake3 else hashlib.sha256()
+        self._expected = promised.blake3 or promised.sha256
+        self.num_bytes = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self.num_bytes += len(data)
+
+    def holds(self) -> bool:
+        """Whether the bytes so far are all and nothing but the promised ones."""
+        return self._digest.hexdigest() == self._expected

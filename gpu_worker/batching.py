@@ -55,6 +55,8 @@ class Batcher:
         self._memory = memory
         self._layout_of = layout_of
         self._max_step_tokens = max_step_tokens
+        # What the scheduler wants, within `max_step_tokens`.
+        self._step_budget = max_step_tokens
         self._max_sequences = max_sequences
         self._sequences: dict[str, Sequence] = {}
         # sorted by order_key
@@ -74,6 +76,15 @@ class Batcher:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Admitted sequences, those that wait for their adapter included."""
+        return list(self._running.values())
+
+    def limit_step(self, tokens: int) -> None:
+        """Tokens of one step at most from now on, within what the worker allows itself."""
+        self._step_budget = max(1, min(tokens, self._max_step_tokens))
 
     def outputs(self, attempt_id: str) -> list[Sequence]:
         """Outputs of an attempt that have not ended."""
@@ -137,7 +148,7 @@ class Batcher:
         runnable.sort(key=lambda sequence: sequence.order_key)
         decodes = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens == 1]
         prefills = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens > 1]
-        budget = self._max_step_tokens
+        budget = self._step_budget
         for sequence in [*decodes, *prefills]:
             if budget == 0:
                 break

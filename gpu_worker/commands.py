@@ -124,6 +124,8 @@ class CommandProcessor:
         elif kind == "reorder":
             for sequence in self._outputs(command.reorder.key):
                 self._batcher.reorder(sequence, command.reorder.order_key)
+        elif kind == "step_budget":
+            self._batcher.limit_step(command.step_budget.tokens)
         elif kind == "preempt":
             for sequence in self._outputs(command.preempt.key):
                 if sequence.state is not SequenceState.WAITING:

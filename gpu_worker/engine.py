@@ -15,6 +15,9 @@ from gpu_worker.outbox import Outbox
 from gpu_worker.sequence import Sequence, SequenceState
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
+# The scheduler hears how far the running sequences are once in so many steps: it charges tenants by it.
+PROGRESS_STEPS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
@@ -53,6 +56,8 @@ class Engine:
         )
         # Number of the last launched step.
         self._step = 0
+        # What the last step took; None when there was nothing to run.
+        self._costs: scheduler_pb2.StepCosts | None = None
         # The last plan computed, admitted or preempted something; the next may find other pages free.
         self._moved = False
 
@@ -89,6 +94,7 @@ class Engine:
 
     def _run_batch(self) -> engine_pb2.StepStats | None:
         started = time.perf_counter()
+        self._costs = None
         plan = self._batcher.plan(self._step)
         self._moved = bool(plan.chunks or plan.admitted or plan.preempted)
         self._announce(plan)
@@ -104,6 +110,16 @@ class Engine:
             self._memory.costs.prefilled(stats.prefill_tokens, output.forward_seconds * share)
         for chunk in plan.chunks:
             self._advance(chunk, output)
+        if self._step % PROGRESS_STEPS == 0:
+            for sequence in self._batcher.running:
+                self._outbox.changed(sequence)
+        self._costs = scheduler_pb2.StepCosts(
+            steps=1,
+            seconds=time.perf_counter() - started,
+            prefill_tokens=stats.prefill_tokens,
+            decode_tokens=stats.decode_tokens,
+            distinct_adapters=stats.distinct_adapters,
+        )
         return stats
 
     def _announce(self, plan: StepPlan) -> None:
@@ -182,4 +198,6 @@ class Engine:
         report.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
         report.waiting_sequences = self._batcher.num_waiting
         report.running_sequences = self._batcher.num_running
+        if self._costs is not None:
+            report.costs.CopyFrom(self._costs)
         return result

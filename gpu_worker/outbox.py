@@ -67,6 +67,7 @@ class Outbox:
         if all(output.finished for output in sequence.outputs):
             message.usage.CopyFrom(to_cost(sequence, time.monotonic()))
             progress.finish_reason = reason
+            progress.usage.CopyFrom(message.usage)
         self._progress[sequence.attempt_id] = progress
 
     def fail(self, sequence: Sequence, error: LoraplexError) -> None:

@@ -25,12 +25,17 @@ class ReportBuffer:
         self._latest = scheduler_pb2.StepReport()
         self._progress: dict[tuple[str, str, int], scheduler_pb2.RequestProgress] = {}
         self._residency: list[scheduler_pb2.ResidencyDelta] = []
+        self._costs = scheduler_pb2.StepCosts()
+        # Reports since the hello.
+        self._number = 0
         self.pending = asyncio.Event()
 
     def add(self, report: scheduler_pb2.StepReport) -> None:
         self._latest.CopyFrom(report)
         self._latest.ClearField("progress")
         self._latest.ClearField("residency")
+        self._latest.ClearField("costs")
+        self._add_costs(report.costs)
         for progress in report.progress:
             key = progress.key
             self._progress[key.tenant, key.request_id, key.attempt] = progress
@@ -43,11 +48,27 @@ class ReportBuffer:
         merged.CopyFrom(self._latest)
         merged.progress.extend(self._progress.values())
         merged.residency.extend(self._residency)
-        self.clear()
+        if self._costs.steps:
+            merged.costs.CopyFrom(self._costs)
+        self._forget()
+        self._number += 1
+        merged.report_number = self._number
         return merged
 
     def clear(self) -> None:
-        """Forgets the changes; the figures stay true."""
+        """Forgets the changes; the figures stay true, and reports count from 1 again."""
+        self._forget()
+        self._number = 0
+
+    def _add_costs(self, costs: scheduler_pb2.StepCosts) -> None:
+        self._costs.steps += costs.steps
+        self._costs.seconds += costs.seconds
+        self._costs.prefill_tokens += costs.prefill_tokens
+        self._costs.decode_tokens += costs.decode_tokens
+        self._costs.distinct_adapters += costs.distinct_adapters
+
+    def _forget(self) -> None:
+        self._costs.Clear()
         self._progress.clear()
         self._residency.clear()
         self.pending.clear()

@@ -116,6 +116,19 @@ def to_report(report: scheduler_pb2.StepReport) -> Report:
         residency=tuple(_to_residency(delta.adapter, delta.sequence) for delta in report.residency),
         draining=report.state == scheduler_pb2.WORKER_STATE_DRAINING if report.state else None,
         costs=_to_costs(report.costs) if report.HasField("costs") else None,
+        pages=_to_pages(report.memory) if report.HasField("memory") else None,
+        number=report.report_number,
+    )
+
+
+def _to_pages(memory: scheduler_pb2.MemoryUsage) -> tuple[int, ...]:
+    return (
+        memory.free_pages,
+        memory.quarantined_pages,
+        memory.loading_pages,
+        memory.kv_pages,
+        memory.prefix_pages,
+        memory.adapter_pages,
     )
 
 

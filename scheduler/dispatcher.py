@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from typing import NoReturn
 
 from prometheus_client import CollectorRegistry
 
@@ -11,8 +12,10 @@ from loraplex.v1 import scheduler_pb2, types_pb2
 from scheduler.convert import from_answer, from_commands, from_residency, to_hello, to_key, to_report, to_request
 from scheduler.core.commands import Decisions, Offer, Refused
 from scheduler.core.explain import explain
+from scheduler.core.fleet import FencedError
 from scheduler.core.identity import IdentityMismatchError
-from scheduler.core.scheduler import ResidencyGapError, Scheduler
+from scheduler.core.intake import NonsenseError, ReportGapError
+from scheduler.core.scheduler import Scheduler
 from scheduler.core.settings import Settings
 from scheduler.metrics import SchedulerMetrics
 from scheduler.peers import GatewayPeer, WorkerPeer
@@ -102,13 +105,15 @@ class Dispatcher:
         """A worker's stream begins; it replaces an older one of the same id.
 
         Raises FailedPrecondition when it serves something else than the fleet, InvalidArgument on a missing field,
-        Unavailable during shutdown.
+        Unavailable during shutdown and while the worker is fenced.
         """
         self._check_open()
         try:
             epoch = self._core.register(to_hello(hello), time.monotonic())
         except IdentityMismatchError as error:
             raise FailedPrecondition(error.reason, error.message) from None
+        except FencedError as error:
+            raise Unavailable("WORKER_FENCED", str(error), retry_after_seconds=1.0) from None
         if old := self._workers.get(hello.worker_id):
             old.close(_replaced("worker", hello.worker_id))
         peer = self._workers[hello.worker_id] = WorkerPeer(hello, epoch)
@@ -130,21 +135,30 @@ class Dispatcher:
             _log.warning("worker lost", extra={"worker_id": peer.peer_id})
 
     def report(self, peer: WorkerPeer, report: scheduler_pb2.StepReport) -> None:
-        """Raises Conflict when the worker must register anew."""
+        """Raises Conflict when the worker must register anew, FailedPrecondition when it is fenced."""
         if self._workers.get(peer.peer_id) is not peer:
             return
         if report.HasField("memory"):
             peer.memory = report.memory
         try:
             changed = self._core.report(peer.peer_id, to_report(report), time.monotonic())
-        except ResidencyGapError as error:
+        except ReportGapError as error:
             self._metrics.residency_gaps.inc()
             raise Conflict("RESIDENCY_GAP", f"{error}; register again") from None
+        except NonsenseError as error:
+            self._fence(peer, error)
         if changed:
             self._changed.set()
         if report.state and report.state != peer.info.state:
             peer.info.state = report.state
             self._workers_changed()
+
+    def _fence(self, peer: WorkerPeer, error: NonsenseError) -> NoReturn:
+        """Ends the stream of a worker that reports nonsense, and lets it register again only after a while."""
+        self._core.fence(peer.peer_id, time.monotonic())
+        self._metrics.fenced(error.reason)
+        _log.error("worker fenced: %s", error, extra={"worker_id": peer.peer_id, "reason": error.reason})
+        raise FailedPrecondition("WORKER_FENCED", f"worker {peer.peer_id} reports what cannot be: {error}")
 
     # Questions of operators.
 

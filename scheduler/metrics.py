@@ -5,6 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from scheduler.core.commands import Offer, Refusal
+from scheduler.core.intake import NonsenseError
 from scheduler.core.model import Reason
 
 WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -60,6 +61,11 @@ class SchedulerMetrics:
         )
         self._refused = Counter(name("refusals_total"), "Requests refused, by code", ("code",), registry=registry)
         self.gateways = Gauge(name("gateways"), "Connected gateways", registry=registry)
+        self._fenced = Counter(
+            name("workers_fenced_total"), "Workers kept out, by what they reported", ("reason",), registry=registry
+        )
+        for reason_ in NonsenseError.REASONS:
+            self._fenced.labels(reason_)
         for how in ("exit", "deregistered"):
             self._lost.labels(how)
         for reason in Reason:
@@ -89,6 +95,9 @@ class SchedulerMetrics:
 
     def worker_lost(self, *, draining: bool) -> None:
         self._lost.labels("deregistered" if draining else "exit").inc()
+
+    def fenced(self, reason: str) -> None:
+        self._fenced.labels(reason).inc()
 
     def refused(self, refusal: Refusal) -> None:
         self._refused.labels(refusal.code).inc()

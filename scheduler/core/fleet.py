@@ -9,6 +9,10 @@ from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
 
 
+class FencedError(Exception):
+    """A worker that reported nonsense is kept out for a while."""
+
+
 @dataclass(frozen=True, slots=True)
 class LostWorker:
     """A worker whose stream broke. Its requests are remembered until `until`, in case only the stream broke."""
@@ -28,6 +32,7 @@ class Fleet:
         self._epoch = epoch
         self._registrations = itertools.count()
         self._workers: dict[str, Worker] = {}
+        self._fenced_until: dict[str, float] = {}
         self._sorted: list[Worker] = []
         self._none_ready_since: float | None = now
 
@@ -42,11 +47,17 @@ class Fleet:
     def register(self, hello: Hello, now: float) -> tuple[Worker, Worker | None]:
         """The worker as it is now and as it was in an earlier registration that is not forgotten yet.
 
-        Raises IdentityMismatchError when it serves something else than the others.
+        Raises IdentityMismatchError when it serves something else than the others, FencedError while it is kept out.
         """
         for other in self.workers:
             if other.worker_id != hello.worker_id:
                 check_identity(hello.worker_id, hello.identity, other.worker_id, other.identity)
+        if now < self._fenced_until.get(hello.worker_id, now):
+            raise FencedError(
+                f"worker {hello.worker_id} reported nonsense and may register again in "
+                f"{self._fenced_until[hello.worker_id] - now:.1f} s"
+            )
+        self._fenced_until.pop(hello.worker_id, None)
         lost = self.lost.pop(hello.worker_id, None)
         previous = self._workers.get(hello.worker_id) or (lost.worker if lost else None)
         worker = Worker(hello, self._epoch + next(self._registrations), self._settings)
@@ -54,6 +65,10 @@ class Fleet:
         self.identity = hello.identity
         self.note_readiness(now)
         return worker, previous
+
+    def fence(self, worker_id: str, now: float) -> None:
+        """Keeps the worker from registering for a while."""
+        self._fenced_until[worker_id] = now + self._settings.fence_seconds
 
     def lose(self, worker_id: str, now: float) -> None:
         """Its stream broke. Raises KeyError when it is not registered."""

@@ -269,3 +269,7 @@ class Report:
     draining: bool | None = None
     # What its steps took since the last report.
     costs: StepFacts | None = None
+    # Pages of its pool by kind, which must be all of them; None when the report does not say.
+    pages: tuple[int, ...] | None = None
+    # Its place among the reports of this registration, from 1; 0 when the worker does not count.
+    number: int = 0

@@ -2,17 +2,15 @@
 
 from scheduler.core import refusals
 from scheduler.core.adoption import Fate, Verdict, is_unconfirmed, judge
-from scheduler.core.commands import Abort, Decisions, Placed, Refusal, Refused
+from scheduler.core.commands import Abort, Decisions, Placed, Refusal, Refused, StepBudget
 from scheduler.core.fleet import Fleet
+from scheduler.core.intake import Intake, ReportGapError
 from scheduler.core.lifecycle import Lifecycle
 from scheduler.core.model import Hello, Key, Report, Request, RequestState
+from scheduler.core.pacing import new_step_budget
 from scheduler.core.rounds import Rounds
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
-
-
-class ResidencyGapError(Exception):
-    """A change of a worker's adapters is missing: only a new hello tells what it has."""
 
 
 class Scheduler:
@@ -28,6 +26,8 @@ class Scheduler:
         # Nothing is placed before; workers with sequences of an earlier scheduler come back until then.
         self.recovered_at = now + settings.recovery_seconds
         self._rounds = Rounds(self.fleet, self.life, settings)
+        # Worker id -> who checks the reports of its registration.
+        self._intakes: dict[str, Intake] = {}
 
     # Events of gateways.
 
@@ -102,9 +102,11 @@ class Scheduler:
         """A worker's stream begins and replaces an earlier one of the same id; returns the epoch of its commands.
 
         Each registration has an epoch of its own, because a worker that comes back may be another process: its
-        commands count from 1. Raises IdentityMismatchError when it serves something else than the other workers.
+        commands count from 1. Raises IdentityMismatchError when it serves something else than the other workers, and
+        FencedError while it is kept out.
         """
         worker, previous = self.fleet.register(hello, now)
+        self._intakes[worker.worker_id] = Intake(worker)
         for verdict in judge(hello.in_flight, previous, self.requests):
             self._carry_out(verdict, worker, now)
         self.life.end_line(worker.worker_id)
@@ -118,6 +120,7 @@ class Scheduler:
                 assert verdict.progress is not None
                 self.life.adopt(verdict.request, verdict.progress, worker, now)
             case Fate.ABORT:
+                worker.disowned.add(verdict.key)
                 worker.command(Abort(verdict.key))
             case Fate.QUEUE:
                 assert verdict.request is not None
@@ -130,16 +133,28 @@ class Scheduler:
         """What waits for it waits for others. Its requests are forgotten, unless it registers again within the grace
         and still has them."""
         self.fleet.lose(worker_id, now)
+        del self._intakes[worker_id]
         self.life.end_line(worker_id)
 
     def report(self, worker_id: str, report: Report, now: float) -> bool:
         """Takes in what a worker says; True when `schedule()` may decide otherwise than before.
 
-        Unknown attempts are ignored. Raises ResidencyGapError when a change of residency is missing.
+        Reports that come out of order wait for those before them. Raises ReportGapError when one, or a change of
+        residency, is missing, and NonsenseError when the worker must be kept out: see `fence`.
         """
         worker = self.fleet.get(worker_id)
         if worker is None:
             return False
+        changed = False
+        for due in self._intakes[worker_id].take(report):
+            changed |= self._take_in(worker, due, now)
+        return changed
+
+    def fence(self, worker_id: str, now: float) -> None:
+        """The worker reported nonsense: it may not register for a while."""
+        self.fleet.fence(worker_id, now)
+
+    def _take_in(self, worker: Worker, report: Report, now: float) -> bool:
         worker.acknowledge(report.scheduler_epoch, report.applied_seq)
         changed = bool(report.residency)
         if report.draining is not None and report.draining != worker.draining:
@@ -148,9 +163,15 @@ class Scheduler:
         for progress in report.progress:
             changed |= self.life.advance(worker, progress, now)
         if not worker.move_adapters(report.residency):
-            raise ResidencyGapError(f"a change of residency is missing in the reports of worker {worker_id}")
+            raise ReportGapError(f"a change of residency is missing in the reports of worker {worker.worker_id}")
+        if report.costs is not None:
+            self.life.costs.update(report.costs)
+            worker.costs.update(report.costs)
+            if (tokens := new_step_budget(worker, self.settings)) is not None:
+                worker.command(StepBudget(tokens))
+                changed = True
         if changed:
-            self.life.touch(worker_id)
+            self.life.touch(worker.worker_id)
         return changed
 
     def _change_readiness(self, worker: Worker, now: float, *, draining: bool) -> None:

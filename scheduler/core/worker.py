@@ -34,6 +34,8 @@ class Worker:
         self.residents: dict[str, Residency] = {}
         self.num_running = 0
         self.applied_seq = 0
+        # Attempts that it had when it registered and was told to end, another worker having them.
+        self.disowned: set[Key] = set()
         self.outstanding_tokens = 0
         # Tokens ever given to it: evens out workers that are equally idle.
         self.given_tokens = 0
@@ -63,6 +65,11 @@ class Worker:
         self._misfit: tuple[int, int, int, int] | None = None
         for residency in hello.resident:
             self.residents[residency.adapter] = residency
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the last command."""
+        return self._seq
 
     @property
     def num_waiting(self) -> int:

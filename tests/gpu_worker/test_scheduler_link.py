@@ -55,13 +55,18 @@ class TestReportBuffer:
         buffer.add(report(1, {"s": RUNNING}, delta=1))
         buffer.take()
         buffer.add(report(2))
-        assert buffer.take() == report(2)
+        again = buffer.take()
+        assert again.report_number == 2
+        again.ClearField("report_number")
+        assert again == report(2)
 
     async def test_figures_are_still_true_when_nothing_was_added(self) -> None:
         buffer = ReportBuffer()
         buffer.add(report(7, {"s": RUNNING}))
         buffer.take()
-        assert buffer.take() == report(7)
+        again = buffer.take()
+        again.ClearField("report_number")
+        assert again == report(7)
 
     async def test_nothing_is_pending_after_a_take(self) -> None:
         buffer = ReportBuffer()

@@ -225,7 +225,9 @@ async def test_a_worker_that_skips_a_change_of_residency_must_register_again(cel
         resident = scheduler_pb2.ResidentAdapter(adapter_version=adapter, tier=types_pb2.TIER_PAGES, num_pages=2)
         return scheduler_pb2.ResidencyDelta(sequence=sequence, adapter=resident)
 
-    await worker.report(residency=[delta(7, "a"), delta(8, "b")], memory=scheduler_pb2.MemoryUsage(total_pages=64))
+    await worker.report(
+        residency=[delta(7, "a"), delta(8, "b")], memory=scheduler_pb2.MemoryUsage(total_pages=64, free_pages=64)
+    )
     while not (snapshot := (await state(cell)).workers[0]).resident:
         pass
     assert [resident.adapter_version for resident in snapshot.resident] == ["a", "b"]

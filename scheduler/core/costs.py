@@ -9,10 +9,10 @@ _PRIOR = (0.005, 0.0001, 0.0005, 0.0002)
 _SCALES = (1.0, 64.0, 16.0, 4.0)
 # A report counts half as much after about 350 later ones.
 _FORGETTING = 0.998
-# Uncertainty of the prior in squared seconds: a few reports outweigh it.
-_UNCERTAINTY = 1e-3
+# Variance of the prior over that of one report: a few reports outweigh it.
+_UNCERTAINTY = 1e3
 # It never grows above this, however long nothing new is seen (Landau's bounded gain).
-_MAX_UNCERTAINTY = 1.0
+_MAX_UNCERTAINTY = 1e4
 # A feature costs at least this part of the prior: noise must not make work free.
 _LEAST = 0.01
 

@@ -25,13 +25,14 @@ class Selection:
         A head that does not fit is overtaken by heads of other lanes, at most `max_overtaking` times: then the worker
         gets nothing until it fits.
         """
-        if self._policy.clusters:
-            yield from self._clustered(worker, line, now)
         passed: list[Request] = []
         candidates = line.candidates(self._settings.lookahead_lanes)
         try:
-            for request in candidates:
-                if worker.full:
+            while not worker.full:
+                if self._policy.clusters:
+                    yield from self._clustered(worker, line, now)
+                request = next(candidates, None)
+                if request is None or worker.full:
                     return
                 if self.fits(worker, request):
                     yield request

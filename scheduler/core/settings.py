@@ -36,7 +36,7 @@ class Settings:
     max_batch_adapters: int = 0
     adapter_step_share: float = 0.1
     cluster_wait_seconds: float = 0.5
-    cluster_slack_seconds: float = 1.0
+    cluster_slack_seconds: float = 0.25
     adapter_pool_share: float = 0.5
     rotation_seconds: float = 2.0
     max_prefetches: int = 8

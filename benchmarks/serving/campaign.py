@@ -1,7 +1,7 @@
 """Who runs when: the systems take turns, so that a disturbance meets all of them. No processes here."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from benchmarks.serving.outcome import Outcome, Tokens, differing
 
@@ -10,42 +10,41 @@ class WrongTokensError(Exception):
     """A system answered something else than PEFT: its speed means nothing."""
 
 
-def turns(systems: Sequence[str], runs: int) -> Iterator[str]:
-    """Every system once a round; each round begins with another one."""
-    for number in range(runs):
-        start = number % len(systems)
-        yield from (*systems[start:], *systems[:start])
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Results:
-    """Outcomes of one workload by system, in the order they came, and how many answers were not PEFT's."""
+    """Outcomes of one system in the order they came, and how many of its answers were not PEFT's in the worst run."""
 
-    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
-    wrong: dict[str, int] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...]
+    wrong: int
 
 
-def run_in_turns(
+def order(systems: Sequence[str], number: int) -> list[str]:
+    """Every system once; each round begins with another one."""
+    start = number % len(systems)
+    return [*systems[start:], *systems[:start]]
+
+
+def run_in_rounds(
     systems: Sequence[str],
-    runs: int,
-    run: Callable[[str], Outcome],
-    expected: Callable[[str], Tokens],
+    rounds: int,
+    run: Callable[[str, int], Outcome],
+    expected: Callable[[str, int], Tokens],
     may_differ: Callable[[str], bool],
-) -> Results:
-    """Runs each system `runs` times and compares every answer with `expected(system)`.
+) -> dict[str, Results]:
+    """Runs each system once a round; after the round compares its tokens with `expected(system, round)`.
 
-    Raises WrongTokensError at the first answer that is not PEFT's, unless the system `may_differ`.
+    Raises WrongTokensError at the first round with an answer that is not PEFT's, unless the system `may_differ`.
     """
-    results = Results({system: [] for system in systems}, dict.fromkeys(systems, 0))
-    for system in turns(systems, runs):
-        outcome = run(system)
-        check(system, outcome, expected(system), results, may_differ(system))
-        results.outcomes[system].append(outcome)
-    return results
-
-
-def check(system: str, outcome: Outcome, expected: Tokens, results: Results, may_differ: bool) -> None:
-    wrong = differing(outcome.outputs, expected)
-    results.wrong[system] = max(results.wrong.get(system, 0), len(wrong))
-    if wrong and not may_differ:
-        raise WrongTokensError(f"{system}: {len(wrong)} of {len(expected)} answers are not PEFT's, first {wrong[0]}")
+    found: dict[str, list[Outcome]] = {system: [] for system in systems}
+    wrong = dict.fromkeys(systems, 0)
+    for number in range(rounds):
+        for system in order(systems, number):
+            found[system].append(run(system, number))
+        for system in systems:
+            answers = expected(system, number)
+            others = differing(found[system][-1].outputs, answers)
+            wrong[system] = max(wrong[system], len(others))
+            if others and not may_differ(system):
+                counts = f"{len(others)} of {len(answers)} answers are not PEFT's"
+                raise WrongTokensError(f"{system}: {counts} in round {number}, first that to request {others[0]}")
+    return {system: Results(tuple(found[system]), wrong[system]) for system in systems}

@@ -22,13 +22,18 @@ class Entry:
 ENTRIES = {
     "engine": Entry("loraplex", "engine", "engine"),
     "lora-off": Entry("loraplex", "engine, LoRA off", "engine", of_base=True),
-    "unary": Entry("loraplex", "fleet, unary", "fleet", "unary"),
-    "stream": Entry("loraplex", "fleet, streaming", "fleet", "stream"),
+    "unary": Entry("loraplex", "fleet, unary", "fleet-unary", "unary"),
+    "stream": Entry("loraplex", "fleet, streaming", "fleet-stream", "stream"),
     "peft": Entry("peft", "mixed, batches of 32", "peft", "mixed", slow=True),
     "peft-grouped": Entry("peft", "grouped, batches of 32", "peft", "grouped", slow=True),
     "peft-alone": Entry("peft", "one by one", "peft", "alone", slow=True),
+    "padded-bmm": Entry("baseline", "padded bmm", "padded-bmm"),
+    "divided": Entry("baseline", "memory divided", "divided"),
+    "slots": Entry("baseline", "reserved slots", "slots"),
+    "merge": Entry("baseline", "merge, one at a time", "merge"),
 }
 ORACLE = "peft"
+BASELINES = ("padded-bmm", "divided", "slots", "merge")
 
 
 def chosen(names: str) -> list[str]:

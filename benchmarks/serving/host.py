@@ -10,11 +10,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from benchmarks.hardware import ROOT
+from benchmarks.serving.catalogue import BASELINES
 from benchmarks.serving.outcome import Outcome
 from benchmarks.serving.workload import Request, Workload
 
@@ -110,18 +110,22 @@ def main() -> None:
 
 def _start(host: str, arguments: dict[str, Any]) -> Any:
     """Imports the one module that is needed."""
-    folder, model, threads = Path(arguments["folder"]), arguments["model"], arguments["threads"]
     from benchmarks.serving.fixture import Fixture
 
-    fixture = Fixture(folder, model)
+    fixture, threads = Fixture.of(arguments["model"]), arguments["threads"]
+    memory, adapter_bytes = arguments["memory"], arguments["adapter_bytes"]
     if host == "engine":
         from benchmarks.serving.systems.engine import EngineSystem
 
-        return EngineSystem(fixture, threads)
-    if host == "fleet":
+        return EngineSystem(fixture, threads, memory)
+    if host.startswith("fleet"):
         from benchmarks.serving.systems.fleet import FleetSystem
 
-        return FleetSystem(fixture, threads)
+        return FleetSystem(fixture, threads, fixture.fleet_data(host))
+    if host in BASELINES:
+        from benchmarks.baselines import systems
+
+        return systems.start(host, fixture, threads, memory, adapter_bytes)
     from benchmarks.serving.systems.peft import PeftSystem
 
     return PeftSystem(fixture, threads)

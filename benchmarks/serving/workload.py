@@ -58,7 +58,7 @@ class Workload:
 
 
 def power_law(adapters: int, vocab: int, num_requests: int = NUM_REQUESTS, seed: int = 0) -> Workload:
-    """W itself: adapter k is asked for with a probability that goes with 1 / (k + 1)."""
+    """W itself: adapter k (from 0) is asked for with a probability that goes with 1 / (k + 1)."""
     rng = np.random.default_rng([seed, adapters, num_requests])
     weights = 1.0 / np.arange(1, adapters + 1)
     requests = []
@@ -67,6 +67,21 @@ def power_law(adapters: int, vocab: int, num_requests: int = NUM_REQUESTS, seed:
         prompt = rng.integers(FIRST_TOKEN_ID, vocab, int(rng.integers(*PROMPT_TOKENS)))
         requests.append(Request(adapter, tuple(prompt.tolist()), int(rng.integers(*OUTPUT_TOKENS))))
     return Workload(f"n{adapters}", adapters, tuple(requests))
+
+
+def with_other_prompts(workload: Workload, vocab: int, variant: int) -> Workload:
+    """The same adapters and lengths, other tokens: what a system kept of the prompts of `workload` does not help it.
+
+    Variant 0 is the workload itself.
+    """
+    if variant == 0:
+        return workload
+    rng = np.random.default_rng([variant, workload.adapters, len(workload.requests)])
+    requests = tuple(
+        replace(request, prompt=tuple(rng.integers(FIRST_TOKEN_ID, vocab, len(request.prompt)).tolist()))
+        for request in workload.requests
+    )
+    return replace(workload, requests=requests)
 
 
 def each_its_own(vocab: int, num_requests: int = NUM_REQUESTS) -> Workload:

@@ -2,7 +2,15 @@
 
 import pytest
 
-from benchmarks.serving.workload import BASE, NUM_REQUESTS, all_on_one, each_its_own, named, power_law
+from benchmarks.serving.workload import (
+    BASE,
+    NUM_REQUESTS,
+    all_on_one,
+    each_its_own,
+    named,
+    power_law,
+    with_other_prompts,
+)
 
 VOCAB = 2048
 
@@ -63,3 +71,19 @@ def test_workloads_have_names() -> None:
 def test_an_unknown_workload_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match="known: n1, n8"):
         named(name, VOCAB)
+
+
+def test_other_prompts_change_the_tokens_and_nothing_else() -> None:
+    workload = power_law(8, VOCAB)
+    first, again, second = (with_other_prompts(workload, VOCAB, variant) for variant in (1, 1, 2))
+    assert first == again
+    assert len({workload, first, second}) == 3
+    for other in (first, second):
+        assert [(r.adapter, len(r.prompt), r.output_tokens) for r in other.requests] == [
+            (r.adapter, len(r.prompt), r.output_tokens) for r in workload.requests
+        ]
+    assert not {request.prompt for request in first.requests} & {request.prompt for request in workload.requests}
+
+
+def test_variant_0_is_the_published_workload() -> None:
+    assert with_other_prompts(power_law(8, VOCAB), VOCAB, 0) == power_law(8, VOCAB)

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 
 from benchmarks.serving.fixture import Fixture
 from benchmarks.serving.outcome import Outcome, peak_rss_bytes, reset_peak_rss, with_children
@@ -26,10 +27,10 @@ Ask = Callable[[AsyncClient, Request, float], Awaitable[Answer]]
 class FleetSystem:
     """`how` is unary, for whole answers, or stream, for tokens as they come."""
 
-    def __init__(self, fixture: Fixture, threads: int) -> None:
+    def __init__(self, fixture: Fixture, threads: int, data_dir: Path) -> None:
         options = FleetOptions(
             model=fixture.base,
-            data_dir=fixture.fleet,
+            data_dir=data_dir,
             memory=MEMORY[fixture.model],
             extra={"gpu_worker": ["--threads", str(threads)]},
         )

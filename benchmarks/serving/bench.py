@@ -1,0 +1,67 @@
+"""One model under measurement: its processes, the rounds, and what PEFT answers."""
+
+from contextlib import ExitStack
+
+from benchmarks.serving import campaign
+from benchmarks.serving.catalogue import ENTRIES, ORACLE
+from benchmarks.serving.fixture import Fixture
+from benchmarks.serving.host import Host
+from benchmarks.serving.outcome import Outcome, Tokens
+from benchmarks.serving.progress import say
+from benchmarks.serving.reference import reference
+from benchmarks.serving.rows import Row, row
+from benchmarks.serving.workload import Workload, with_other_prompts
+
+
+class Bench:
+    """Starts each system when it is first needed; `stack` ends them."""
+
+    def __init__(self, fixture: Fixture, threads: int, stack: ExitStack, pool: tuple[int, int] = (0, 0)) -> None:
+        """`pool`: bytes of every engine's pool, and of the adapters' part where it is divided; 0 = room for all."""
+        self._fixture = fixture
+        self._threads = threads
+        self._stack = stack
+        self._pool = pool
+        self._hosts: dict[str, Host] = {}
+
+    def measure(self, workload: Workload, systems: list[str], rounds: int) -> list[Row]:
+        """Rows of one workload. Raises WrongTokensError when one answer is wrong."""
+        for system in systems:
+            asked = self._asked(system, workload, rounds)
+            self._run(system, asked.first(4, 4) if ENTRIES[system].slow else asked)
+        say(f"{self._fixture.model} {workload.name}: {rounds} rounds of {', '.join(systems)}")
+        results = campaign.run_in_rounds(
+            systems,
+            rounds,
+            lambda system, number: self._run(system, self._asked(system, workload, number)),
+            lambda system, number: self._expected(self._asked(system, workload, number)),
+            lambda system: ENTRIES[system].may_differ,
+        )
+        return [
+            row(self._fixture.model, workload, system, ENTRIES[system], found.outcomes, found.wrong)
+            for system, found in results.items()
+        ]
+
+    def _asked(self, system: str, workload: Workload, number: int) -> Workload:
+        """Each round has prompts of its own: a cache of prefixes would answer a question asked twice."""
+        asked = with_other_prompts(workload, self._fixture.size.vocab, number)
+        return asked.of_base() if ENTRIES[system].of_base else asked
+
+    def _run(self, system: str, workload: Workload) -> Outcome:
+        outcome = self._host(ENTRIES[system].host).run(workload, ENTRIES[system].how)
+        say(f"{self._fixture.model} {workload.name} {system}: {outcome.tokens_per_second:.1f} tokens/s")
+        if system == ORACLE:
+            # The round's tokens are known now; an older answer stays, and this one is compared with it.
+            reference(self._fixture, workload, lambda: outcome.outputs)
+        return outcome
+
+    def _host(self, name: str) -> Host:
+        if name not in self._hosts:
+            say(f"{self._fixture.model}: starting {name}")
+            arguments: dict[str, object] = {"model": self._fixture.model}
+            arguments |= {"memory": str(self._pool[0] or ""), "adapter_bytes": self._pool[1]}
+            self._hosts[name] = self._stack.enter_context(Host(name, arguments, self._threads))
+        return self._hosts[name]
+
+    def _expected(self, workload: Workload) -> Tokens:
+        return reference(self._fixture, workload, lambda: self._run(ORACLE, workload).outputs)

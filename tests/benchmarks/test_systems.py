@@ -58,6 +58,7 @@ def test_a_baseline_answers_what_peft_answers(
     system = closing(start(name, tiny.fixture, 1, str(memory), adapter_bytes))
     for _ in range(2):
         assert system.run(tiny.workload).outputs == tiny.answers
+        system.engine.check_integrity()
 
 
 def test_padded_products_are_really_used(

@@ -80,6 +80,8 @@ class EngineSystem:
         spec = types_pb2.RequestSpec(
             key=types_pb2.RequestKey(request_id=str(index), attempt=self._runs, tenant=TENANT),
             gateway_id="bench",
+            # A run finds nothing that an earlier one left in the prefix cache.
+            isolation_salt=str(self._runs),
             prompt_token_ids=request.prompt,
             sampling=types_pb2.SamplingParams(temperature=0.0, seed=0),
             stopping=types_pb2.StoppingParams(max_tokens=request.output_tokens, ignore_eos=True),

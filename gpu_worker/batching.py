@@ -86,6 +86,10 @@ class Batcher:
         """Tokens of one step at most from now on, within what the worker allows itself."""
         self._step_budget = max(1, min(tokens, self._max_step_tokens))
 
+    def waiting(self) -> Iterator[Sequence]:
+        """The local queue, the next to be admitted first."""
+        return (self._sequences[sequence_id] for _, sequence_id in self._waiting)
+
     def outputs(self, attempt_id: str) -> list[Sequence]:
         """Outputs of an attempt that have not ended."""
         return [sequence for sequence in self._sequences.values() if sequence.attempt_id == attempt_id]

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 
 from common.errors import DataLoss, FailedPrecondition, InvalidArgument, LoraplexError, NotFound, from_proto, to_proto
 from gpu_worker.batching import Batcher
-from gpu_worker.convert import attempt_id, to_progress, to_resident, to_sequences, to_usage
+from gpu_worker.convert import attempt_id, to_progress, to_sequences
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import LoadDone
 from gpu_worker.memory.adapter_cache import AdapterInUseError
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.outbox import Outbox
+from gpu_worker.prefetch import Prefetcher
 from gpu_worker.sequence import Sequence, SequenceState
+from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class CommandProcessor:
         batcher: Batcher,
         memory: MemoryManager,
         host: HostTier,
+        prefetcher: Prefetcher,
+        tiers: TierLog,
         outbox: Outbox,
         *,
         eos_token_ids: tuple[int, ...],
@@ -73,6 +77,8 @@ class CommandProcessor:
         self._batcher = batcher
         self._memory = memory
         self._host = host
+        self._prefetcher = prefetcher
+        self._tiers = tiers
         self._outbox = outbox
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
@@ -98,9 +104,7 @@ class CommandProcessor:
             elif kind == "adapter_fetched":
                 self._adapter_fetched(arrival.adapter_fetched)
             elif kind == "adapter_fetch_failed":
-                self._host.drop(arrival.adapter_fetch_failed.adapter_version)
-                failure = from_proto(arrival.adapter_fetch_failed.error)
-                self._fail_adapter(arrival.adapter_fetch_failed.adapter_version, failure)
+                self._fetch_failed(arrival.adapter_fetch_failed)
             elif kind == "gateway_lost":
                 for sequence in [s for s in self._batcher if s.gateway_id == arrival.gateway_lost.gateway_id]:
                     self._end_aborted(sequence, scheduler_pb2.ABORT_CAUSE_CANCELLED)
@@ -116,7 +120,7 @@ class CommandProcessor:
         if kind == "offer":
             self._offer(command.offer)
         elif kind == "prefetch":
-            self._want_adapter(command.prefetch.tenant, command.prefetch.adapter_version)
+            self._prefetcher.hint(command.prefetch.tenant, command.prefetch.adapter_version)
         elif kind == "abort":
             self._abort(command.abort)
         elif kind == "revoke":
@@ -147,7 +151,8 @@ class CommandProcessor:
                 self._end_unstarted(outputs)
                 return
             self._end_aborted(other, scheduler_pb2.ABORT_CAUSE_CANCELLED)
-        layout = self._host.layout(first.adapter_version)
+        resident = self._memory.adapters.get(first.adapter_version)
+        layout = resident.layout if resident else self._host.layout(first.adapter_version)
         adapter_bytes = layout.total_bytes if layout else offer.request.adapter_bytes
         if error := self._unusable_tokens(first) or self._never_fits(first, adapter_bytes):
             self._outbox.fail(first, error)
@@ -155,8 +160,6 @@ class CommandProcessor:
         for sequence in outputs:
             self._batcher.add(sequence)
         self._outbox.changed(first)
-        if first.adapter_version:
-            self._want_adapter(first.tenant, first.adapter_version)
 
     def _end_unstarted(self, outputs: list[Sequence]) -> None:
         for sequence in outputs:
@@ -209,12 +212,18 @@ class CommandProcessor:
         else:
             self._outbox.changed(outputs[0])
 
-    def _want_adapter(self, tenant: str, adapter_version: str) -> None:
-        if self._host.want(adapter_version):
-            self._outbox.need_adapter(tenant, adapter_version)
+    def _fetch_failed(self, failed: engine_pb2.AdapterFetchFailed) -> None:
+        self._host.drop(failed.adapter_version)
+        self._prefetcher.forget(failed.adapter_version)
+        self._fail_adapter(failed.adapter_version, from_proto(failed.error))
 
     def _adapter_fetched(self, fetched: engine_pb2.AdapterFetched) -> None:
-        if error := self._host.add(fetched):
+        error = self._host.add(fetched)
+        self._outbox.settled(fetched.adapter_version)
+        if error is not None:
+            self._prefetcher.forget(fetched.adapter_version)
+            if isinstance(error, DataLoss):
+                self._outbox.distrusted(fetched.adapter_version, fetched.layout.sha256)
             self._fail_adapter(fetched.adapter_version, error)
             return
         # Their offers may have promised a smaller adapter than came; waiting for pages would be for ever.
@@ -229,8 +238,9 @@ class CommandProcessor:
             self._outbox.fail(sequence, error)
 
     def _load_done(self, done: LoadDone) -> None:
+        self._host.give_back(done.adapter_version)
         if done.failure:
-            self._host.drop(done.adapter_version)
+            self._outbox.distrusted(done.adapter_version, self._host.drop(done.adapter_version))
             error = DataLoss("ADAPTER_CORRUPT", f"the adapter cannot be loaded: {done.failure}")
             self._fail_adapter(done.adapter_version, error)
             self._memory.drop_failed(done.adapter_version)
@@ -245,8 +255,8 @@ class CommandProcessor:
     def _snapshot(self) -> engine_pb2.EngineSnapshot:
         return engine_pb2.EngineSnapshot(
             in_flight=list({s.attempt_id: to_progress(s) for s in self._batcher}.values()),
-            resident=[to_resident(adapter) for adapter in self._memory.adapters],
-            memory=to_usage(self._memory, self._host.num_bytes),
+            resident=self._tiers.snapshot(),
+            memory=self._tiers.usage(),
         )
 
     def _memory_reply(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:
@@ -262,8 +272,11 @@ class CommandProcessor:
             reply.error.CopyFrom(to_proto(error))
         except AdapterInUseError as problem:
             reply.error.CopyFrom(to_proto(FailedPrecondition("ADAPTER_IN_USE", str(problem))))
-        reply.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
-        reply.resident.extend(to_resident(adapter) for adapter in self._memory.adapters)
+        reply.memory.CopyFrom(self._tiers.usage())
+        reply.resident_adapters = self._tiers.num_in_pages
+        reply.pending_prefetches = self._prefetcher.num_hints + self._host.num_loading
+        if command.HasField("list_resident"):
+            reply.resident.extend(self._tiers.snapshot())
         return reply
 
     def _change_residency(self, command: engine_pb2.MemoryCommand) -> int:
@@ -275,4 +288,6 @@ class CommandProcessor:
             self._memory.adapters.set_operator_pin(command.pin.adapter_version, pinned=True)
         elif kind == "unpin":
             self._memory.adapters.set_operator_pin(command.unpin.adapter_version, pinned=False)
+        elif kind == "prefetch":
+            self._prefetcher.hint(command.prefetch.tenant, command.prefetch.adapter_version)
         return 0

@@ -26,6 +26,7 @@ class EngineConfig:
     device: str = option("cpu", help="where the model runs", choices=("cpu", "cuda"))
     dtype: str = option("auto", help="dtype of weights and KV", choices=("auto", "float32", "bfloat16"))
     memory: str = option("512MiB", help="bytes of the page pool, for KV and adapters together")
+    host_memory: str = option("2GiB", help="bytes of adapters at hand for the pool: mapped files, or pinned on CUDA")
     page_size: int = option(16, help="tokens of KV in a page")
     max_step_tokens: int = option(512, help="most tokens that one step computes; longer prompts run in chunks")
     max_sequences: int = option(256, help="most sequences that hold pages at once")
@@ -40,6 +41,7 @@ class EngineConfig:
         if self.page_size < 1:
             raise ValueError(f"page_size is {self.page_size}; it must be at least 1")
         parse_bytes(self.memory)
+        parse_bytes(self.host_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class WorkerConfig(EngineConfig, ServiceConfig):
 
     scheduler: str = option(help="HOST:PORT of the scheduler")
     adapter_store: str = option(help="HOST:PORT of the adapter store")
-    cache_dir: Path = option(Path(".loraplex/cache"), help="folder for fetched adapters")
+    cache_dir: Path = option(Path(".loraplex/cache"), help="folder for fetched adapters, of this worker alone")
+    cache_size: str = option("10GiB", help="most bytes in the cache folder; the least valuable adapters go first")
+    warm_seconds: float = option(20.0, help="most seconds a restarted worker spends on last time's adapters; 0 = none")
     store_volume: Path | None = option(
         None, help="the adapter store's data folder, where this worker sees it: adapters are mapped from there"
     )
@@ -56,6 +60,10 @@ class WorkerConfig(EngineConfig, ServiceConfig):
     advertise_address: str = option("", help="HOST:PORT that gateways dial; default: the address listened on")
     vllm_metrics: bool = option(False, help="metrics with vLLM's names too, for routers and boards that ask for them")
     step_log: Path | None = option(None, help="file that gets one JSON line for each step")
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        parse_bytes(self.cache_size)
 
 
 def engine_arguments(config: EngineConfig) -> list[str]:

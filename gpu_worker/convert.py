@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence as Items
 
+from common.packing import PackedLayout
 from gpu_worker.memory.adapter_cache import ResidentAdapter
-from gpu_worker.memory.manager import MemoryManager, ResidencyChange
+from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.sequence import SamplingParams, Sequence, SequenceState, StoppingParams, TokenLogprobs
 from loraplex.v1 import scheduler_pb2, types_pb2
 
@@ -38,6 +39,7 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[
             adapter_version=request.adapter_version,
             # Without a salt nothing would keep tenants apart.
             isolation_salt=request.isolation_salt or request.key.tenant,
+            adapter_bytes=request.adapter_bytes,
             output_index=index,
             outputs=outputs,
         )
@@ -117,30 +119,19 @@ def to_resident(adapter: ResidentAdapter) -> scheduler_pb2.ResidentAdapter:
         tier=types_pb2.TIER_HOST if adapter.loading else types_pb2.TIER_PAGES,
         num_pages=len(adapter.pages),
         pins=adapter.sequence_pins + adapter.operator_pinned,
+        num_bytes=adapter.layout.total_bytes,
+        loading=adapter.loading,
+        operator_pinned=adapter.operator_pinned,
     )
 
 
-def to_delta(change: ResidencyChange) -> scheduler_pb2.ResidencyDelta:
-    adapter = scheduler_pb2.ResidentAdapter(
-        adapter_version=change.adapter_version,
-        # An evicted adapter is still in the host tier.
-        tier=types_pb2.TIER_PAGES if change.resident else types_pb2.TIER_HOST,
-        num_pages=change.num_pages,
-    )
-    return scheduler_pb2.ResidencyDelta(sequence=change.sequence, adapter=adapter)
-
-
-def to_usage(memory: MemoryManager, host_adapter_bytes: int) -> scheduler_pb2.MemoryUsage:
-    counts = memory.counts()
-    return scheduler_pb2.MemoryUsage(
-        total_pages=counts.total,
-        free_pages=counts.free,
-        quarantined_pages=counts.quarantined,
-        loading_pages=counts.loading,
-        kv_pages=counts.kv,
-        prefix_pages=counts.prefix,
-        adapter_pages=counts.adapters,
-        evictable_pages=memory.evictable_pages,
-        page_bytes=memory.geometry.page_bytes,
-        host_adapter_bytes=host_adapter_bytes,
+def to_host_resident(
+    adapter_version: str, layout: PackedLayout, geometry: PageGeometry
+) -> scheduler_pb2.ResidentAdapter:
+    """An adapter in the host tier only; `num_pages` is what it would take."""
+    return scheduler_pb2.ResidentAdapter(
+        adapter_version=adapter_version,
+        tier=types_pb2.TIER_HOST,
+        num_pages=geometry.pages_for_bytes(layout.total_bytes),
+        num_bytes=layout.total_bytes,
     )

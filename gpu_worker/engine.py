@@ -4,15 +4,17 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from common.packing import PackedLayout
 from gpu_worker.batching import Batcher, Chunk, StepPlan
 from gpu_worker.commands import Arrival, CommandProcessor
-from gpu_worker.convert import to_delta, to_usage
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import Loader
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.model_runner import ModelRunner, StepOutput
 from gpu_worker.outbox import Outbox
+from gpu_worker.prefetch import Prefetcher
 from gpu_worker.sequence import Sequence, SequenceState
+from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 # The scheduler hears how far the running sequences are once in so many steps: it charges tenants by it.
@@ -43,12 +45,16 @@ class Engine:
         self._limits = limits
         self._outbox = Outbox()
         self._batcher = Batcher(
-            memory, host.layout, max_step_tokens=limits.max_step_tokens, max_sequences=limits.max_sequences
+            memory, self._layout, max_step_tokens=limits.max_step_tokens, max_sequences=limits.max_sequences
         )
+        self._tiers = TierLog(memory, host)
+        self._prefetcher = Prefetcher(self._batcher, memory, host)
         self._commands = CommandProcessor(
             self._batcher,
             memory,
             host,
+            self._prefetcher,
+            self._tiers,
             self._outbox,
             eos_token_ids=limits.eos_token_ids,
             max_context_tokens=limits.max_context_tokens,
@@ -92,6 +98,11 @@ class Engine:
         stats = self._run_batch()
         return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
 
+    def _layout(self, adapter_version: str) -> PackedLayout | None:
+        """Of an adapter that can be admitted: it is in pages, or in the host tier."""
+        resident = self._memory.adapters.get(adapter_version)
+        return resident.layout if resident else self._host.layout(adapter_version)
+
     def _run_batch(self) -> engine_pb2.StepStats | None:
         started = time.perf_counter()
         self._costs = None
@@ -125,10 +136,13 @@ class Engine:
     def _announce(self, plan: StepPlan) -> None:
         """Starts the copies the plan asks for and tells the scheduler who was admitted or preempted."""
         now = time.monotonic()
-        for adapter_version in plan.loads:
+        moves = self._prefetcher.plan()
+        for tenant, adapter_version in moves.asks:
+            self._outbox.need_adapter(tenant, adapter_version)
+        for adapter_version in [*plan.loads, *moves.loads]:
             adapter = self._memory.adapters.get(adapter_version)
             if adapter is not None:
-                self._loader.load(adapter_version, self._host.get(adapter_version), adapter.pages)
+                self._loader.load(adapter_version, self._host.take(adapter_version), adapter.pages)
         for sequence in plan.admitted:
             timings = sequence.timings
             timings.admitted = timings.admitted or now
@@ -194,8 +208,8 @@ class Engine:
         report.scheduler_epoch = self._commands.log.scheduler_epoch
         report.applied_seq = self._commands.log.applied_seq
         report.step_number = self._step
-        report.residency.extend(to_delta(change) for change in self._memory.take_changes())
-        report.memory.CopyFrom(to_usage(self._memory, self._host.num_bytes))
+        report.residency.extend(self._tiers.take_changes())
+        report.memory.CopyFrom(self._tiers.usage())
         report.waiting_sequences = self._batcher.num_waiting
         report.running_sequences = self._batcher.num_running
         if self._costs is not None:

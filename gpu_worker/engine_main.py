@@ -20,9 +20,9 @@ from common.version import PROTOCOL_VERSION
 from common.wire import dtype_to_proto
 from gpu_worker.commands import Arrival
 from gpu_worker.config import EngineConfig, parse_bytes
-from gpu_worker.convert import to_usage
 from gpu_worker.engine import Engine, EngineLimits
 from gpu_worker.frames import encode, read_command
+from gpu_worker.host_storage import HostStorage, MappedFiles, PinnedArena
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import Loader
 from gpu_worker.memory.geometry import PageGeometry
@@ -30,6 +30,7 @@ from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.models import load_model
+from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     pool = PagePool(geometry, num_pages, config.device)
     eos = base_model.eos_token_ids(config.model, hf_config)
     limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, sizes.vocab_size, eos)
-    host = HostTier(geometry, num_pages, sizes.module_shapes)
+    host_bytes = parse_bytes(config.host_memory)
+    host = HostTier(geometry, num_pages, sizes.module_shapes, _storage(config, geometry, host_bytes), host_bytes)
     engine = Engine(ModelRunner(model, memory, pool, config.device), memory, Loader(pool, inbox.put), host, limits)
     engine.warm_up()
     dtype = dtype_to_proto(str(model.dtype).removeprefix("torch."))
@@ -77,8 +79,12 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
             max_step_tokens=config.max_step_tokens,
             max_sequences=config.max_sequences,
         ),
-        memory=to_usage(memory, 0),
+        memory=TierLog(memory, host).usage(),
     )
+
+
+def _storage(config: EngineConfig, geometry: PageGeometry, limit_bytes: int) -> HostStorage:
+    return PinnedArena(geometry, limit_bytes, pinned=True) if config.device == "cuda" else MappedFiles()
 
 
 def _identity(

@@ -6,22 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from common.packing import PackedLayout
+from gpu_worker.host_storage import HostBlob, WrongBytesError
 from gpu_worker.memory.pool import PagePool
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class HostAdapter:
-    """An adapter in the host tier: a file that holds its packed byte string."""
-
-    path: Path
-    layout: PackedLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +25,7 @@ class LoadDone:
 @dataclass(frozen=True, slots=True)
 class _Job:
     adapter_version: str
-    host: HostAdapter
+    blob: HostBlob
     pages: list[int]
 
 
@@ -50,9 +39,9 @@ class Loader:
         self._thread = threading.Thread(target=self._work, name="adapter-loader", daemon=True)
         self._thread.start()
 
-    def load(self, adapter_version: str, host: HostAdapter, pages: list[int]) -> None:
-        """Starts copying; the pages belong to the loader until `on_done`."""
-        self._jobs.put(_Job(adapter_version, host, pages))
+    def load(self, adapter_version: str, blob: HostBlob, pages: list[int]) -> None:
+        """Starts copying; pages and blob belong to the loader until `on_done`."""
+        self._jobs.put(_Job(adapter_version, blob, pages))
 
     def stop(self) -> None:
         self._jobs.put(None)
@@ -70,15 +59,8 @@ class Loader:
             self._on_done(LoadDone(job.adapter_version, failure, time.perf_counter() - started))
 
     def _copy(self, job: _Job) -> str:
-        layout = job.host.layout
         try:
-            # Copy-on-write: torch wants a writable array, the file must stay as it is.
-            data = np.memmap(job.host.path, dtype=np.uint8, mode="c")
-        except (OSError, ValueError) as error:
-            return f"the cached bytes cannot be read: {error.__class__.__name__}"
-        if data.size != layout.total_bytes:
-            return f"the cached bytes are {data.size} long, the layout says {layout.total_bytes}"
-        self._pool.write(job.pages, data)
-        # Hashed where kernels read them: what is verified is what is used.
-        sha256 = self._pool.sha256(job.pages, layout.total_bytes)
-        return "" if sha256 == layout.sha256 else "the bytes in the pages do not have the recorded sha256"
+            job.blob.copy_to(self._pool, job.pages)
+        except WrongBytesError as error:
+            return str(error)
+        return ""

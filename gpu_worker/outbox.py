@@ -18,6 +18,8 @@ class Outbox:
         # The latest state of each attempt that changed.
         self._progress: dict[str, scheduler_pb2.RequestProgress] = {}
         self._needed: list[engine_pb2.AdapterNeeded] = []
+        self._settled: list[str] = []
+        self._distrusted: list[engine_pb2.AdapterDistrusted] = []
         self._finished: Counter[str] = Counter()
         self._loads: list[engine_pb2.AdapterLoad] = []
 
@@ -32,6 +34,14 @@ class Outbox:
         """The adapter's bytes came into its pages in so many seconds."""
         rank = max((module.lora_rank for module in adapter.layout.modules), default=0)
         self._loads.append(engine_pb2.AdapterLoad(seconds=seconds, num_pages=len(adapter.pages), lora_rank=rank))
+
+    def settled(self, adapter_version: str) -> None:
+        """The fetched file was opened or refused."""
+        self._settled.append(adapter_version)
+
+    def distrusted(self, adapter_version: str, sha256: str) -> None:
+        """The file has other bytes than promised."""
+        self._distrusted.append(engine_pb2.AdapterDistrusted(adapter_version=adapter_version, sha256=sha256))
 
     def token(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
         """The sequence's newest token goes to its gateway."""
@@ -110,11 +120,13 @@ class Outbox:
             ],
             report=scheduler_pb2.StepReport(progress=self._progress.values()),
             adapters_needed=self._needed,
+            adapters_settled=self._settled,
+            adapters_distrusted=self._distrusted,
             finished=[engine_pb2.FinishCount(reason=reason, outputs=count) for reason, count in self._finished.items()],
             loads=self._loads,
         )
         self._finished.clear()
         self._tokens.clear()
         self._progress.clear()
-        self._needed, self._loads = [], []
+        self._needed, self._settled, self._distrusted, self._loads = [], [], [], []
         return result

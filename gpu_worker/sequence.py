@@ -89,6 +89,8 @@ class Sequence:
     adapter_version: str = ""
     # Only sequences of one salt and adapter share prefix pages.
     isolation_salt: str = ""
+    # Of the packed string, as the offer says; 0 = not said.
+    adapter_bytes: int = 0
     output_index: int = 0
     # All outputs of the attempt by index; a new one joins. Output 0 computes the prompt that the others share.
     outputs: "list[Sequence]" = field(default_factory=list)

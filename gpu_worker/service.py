@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Coroutine
+from typing import Any
 
 from common.channel import INTERNAL_MESSAGE_BYTES
 from common.errors import LoraplexError
@@ -32,7 +34,10 @@ async def serve(config: WorkerConfig) -> None:
     services = (worker_pb2.DESCRIPTOR.services_by_name, memory_pb2.DESCRIPTOR.services_by_name)
     await server.start([descriptor for names in services for descriptor in names.values()])
     link = SchedulerLink(config.scheduler, config.advertise_address or server.address, face)
-    tasks = [asyncio.create_task(face.run()), asyncio.create_task(link.run())]
+    tasks = [asyncio.create_task(face.run()), asyncio.create_task(face.keep_warm_set())]
+    # Before the scheduler knows of this worker: what it had comes back first.
+    await _unless_stopped(face.refill(), stop)
+    tasks.append(asyncio.create_task(link.run()))
     readiness = asyncio.create_task(_follow_readiness(server, face, link))
     try:
         await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -68,6 +73,14 @@ async def _started(face: Face, stop: asyncio.Task[None]) -> bool:
         stop.cancel()
         raise ValueError(error.message) from None
     return True
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Task[None]) -> None:
+    """Does `work` to its end, or until a signal comes."""
+    task = asyncio.create_task(work)
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _follow_readiness(server: Server, face: Face, link: SchedulerLink) -> None:

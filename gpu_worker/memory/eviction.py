@@ -139,6 +139,10 @@ class EvictionQueue:
         self._void(candidate)
         candidate.state = _State.IN_USE
 
+    def restore(self, candidate: Candidate) -> None:
+        """The candidate was discarded for a moment only: it gets its place back."""
+        self._make_evictable(candidate)
+
     def expose(self, candidate: Candidate) -> None:
         """The last thing that depended on the candidate is gone."""
         if candidate.evictable:

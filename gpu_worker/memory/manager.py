@@ -1,6 +1,6 @@
 """The façade of the memory manager. Its calls are applied by the engine between steps, from one thread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from common.packing import PackedLayout
@@ -84,13 +84,23 @@ class MemoryManager:
             self.adapters.acquire(self.adapters.add_loading(adapter_version, layout))
         return True
 
-    def prefetch(self, adapter_version: str, layout: PackedLayout) -> bool:
-        """Reserves pages for an adapter that a waiting request will need; the caller then copies it there.
+    def prefetch(
+        self,
+        adapter_version: str,
+        layout: PackedLayout,
+        *,
+        keep: Collection[str] | None = None,
+        spare_pages: int = 0,
+    ) -> bool:
+        """Reserves pages for an adapter that no sequence uses yet; the caller then copies it there.
 
-        False, with nothing taken, when it is here already or even evicting whatever can be evicted would not make room.
+        Only free pages, or with `keep` also what can be evicted, except the adapters it names; `spare_pages` stay free.
+        False, with nothing taken, when that does not suffice or the adapter is here already.
         """
-        need = self.geometry.pages_for_bytes(layout.total_bytes)
-        if self.adapters.get(adapter_version) or not self._make_room(need):
+        need = self.geometry.pages_for_bytes(layout.total_bytes) + spare_pages
+        if self.adapters.get(adapter_version):
+            return False
+        if need > self._allocator.num_free and (keep is None or not self._make_room_beside(need, keep)):
             return False
         self._queue.wanted(self.adapters.add_loading(adapter_version, layout))
         return True
@@ -184,6 +194,20 @@ class MemoryManager:
             elif isinstance(victim, PrefixPage):
                 self.prefixes.evict(victim)
                 self.prefix_evictions += 1
+        return True
+
+    def _make_room_beside(self, num_pages: int, keep: Collection[str]) -> bool:
+        """`_make_room` that leaves the adapters of `keep` where they are."""
+        named = (self.adapters.get(adapter_version) for adapter_version in keep)
+        kept = [adapter for adapter in named if adapter and adapter.evictable]
+        kept_pages = sum(adapter.num_pages for adapter in kept)
+        if num_pages > self._allocator.num_free + self._queue.evictable_pages - kept_pages:
+            return False
+        for adapter in kept:
+            self._queue.discard(adapter)
+        self._make_room(num_pages)
+        for adapter in kept:
+            self._queue.restore(adapter)
         return True
 
     def _record(self, adapter: ResidentAdapter, *, resident: bool) -> None:

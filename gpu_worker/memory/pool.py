@@ -10,12 +10,14 @@ from gpu_worker.memory.geometry import PageGeometry
 
 
 class PagePool:
-    """Storage of every page."""
+    """Storage of every page; `pinned` host memory is read by a device itself."""
 
-    def __init__(self, geometry: PageGeometry, num_pages: int, device: str) -> None:
+    def __init__(self, geometry: PageGeometry, num_pages: int, device: str, *, pinned: bool = False) -> None:
         self._geometry = geometry
+        shape = (num_pages, geometry.page_bytes)
         # [num_pages, page_bytes]; a kernel never reads a slot that was not written
-        self.bytes = torch.empty((num_pages, geometry.page_bytes), dtype=torch.uint8, device=device)
+        self.bytes = torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self._copies = torch.cuda.Stream(self.bytes.device) if self.bytes.is_cuda else None  # type: ignore[no-untyped-call]  # torch's own
 
     def kv_pages(self, dtype: torch.dtype) -> torch.Tensor:
         """`[num_pages, num_layers, 2, page_size, num_kv_heads, head_dim]` over the same storage.
@@ -33,6 +35,17 @@ class PagePool:
         for index, page in enumerate(pages):
             part = source[index * page_bytes : (index + 1) * page_bytes]
             self.bytes[page, : part.numel()].copy_(part)
+
+    def copy_pages(self, pages: list[int], source: "PagePool", source_pages: list[int]) -> None:
+        """Copies whole pages of another pool of the same geometry; they are there when this returns.
+
+        On a device the copies have a stream of their own: running kernels do not wait for them.
+        """
+        with torch.cuda.stream(self._copies):
+            for page, source_page in zip(pages, source_pages, strict=True):
+                self.bytes[page].copy_(source.bytes[source_page], non_blocking=True)
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def sha256(self, pages: list[int], num_bytes: int) -> str:
         """sha256, hex, of the first `num_bytes` held by `pages`."""

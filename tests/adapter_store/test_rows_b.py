@@ -19,8 +19,10 @@ from adapter_store.service import StoreService
 from common.channel import connect
 from common.errors import DataLoss, LoraplexError, ResourceExhausted
 from common.wire import layout_from_proto
+from gpu_worker.blob_cache import BlobCache
 from gpu_worker.fetcher import Fetcher
-from gpu_worker.loader import HostAdapter, LoadDone, Loader
+from gpu_worker.host_storage import MappedFiles, WrongBytesError
+from gpu_worker.loader import LoadDone, Loader
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.metrics import WorkerMetrics
@@ -54,7 +56,7 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     version = await put(client, "a")
     replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
     metrics = WorkerMetrics(CollectorRegistry())
-    fetcher = Fetcher(service.server.address, tmp_path / "cache", metrics, replies.put_nowait)
+    fetcher = Fetcher(service.server.address, BlobCache(tmp_path / "cache", 2**30), metrics, replies.put_nowait)
     needed = engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version)
     fetcher.fetch(needed)
     assert (await replies.get()).HasField("adapter_fetched")
@@ -72,7 +74,7 @@ async def fetched_by_a_worker(service: StoreService, tmp_path: Path, version: st
     """Where a worker that sees `volume` reads the adapter."""
     replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
     metrics = WorkerMetrics(CollectorRegistry())
-    fetcher = Fetcher(service.server.address, tmp_path / "cache", metrics, replies.put_nowait, volume)
+    fetcher = Fetcher(service.server.address, BlobCache(tmp_path / "cache", 2**30), metrics, replies.put_nowait, volume)
     fetcher.fetch(engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version))
     fetched = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetched
     await fetcher.close()
@@ -87,7 +89,7 @@ async def test_a_worker_on_the_same_volume_reads_the_file_itself(
     version = await put(client, "a")
     path = await fetched_by_a_worker(service, tmp_path, version, data_dir)
     assert path == data_dir / "objects" / version / "packed.float32"
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").glob("*.packed")) == []
 
 
 async def test_a_worker_that_does_not_see_the_volume_fetches(
@@ -218,12 +220,20 @@ async def test_b17_a_file_swapped_under_a_worker_is_whole_or_refused(
         if len(wrong) == SWAPS:
             done.set()
         else:
-            loader.load(version, HostAdapter(file, layout), pages)
+            start_load()
+
+    def start_load() -> None:
+        try:
+            blob = MappedFiles().open(file, layout)
+        except WrongBytesError as error:
+            next_load(LoadDone(version, str(error), 0.0))
+        else:
+            loader.load(version, blob, pages)
 
     failures: list[str] = []
     loader = Loader(pool, next_load)
     with swapping(file, true_bytes, tmp_path):
-        loader.load(version, HostAdapter(file, layout), pages)
+        start_load()
         await asyncio.to_thread(done.wait)
     loader.stop()
     assert not any(wrong)

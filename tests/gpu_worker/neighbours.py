@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from common.errors import NotFound
+from common.errors import NotFound, Unavailable
 from common.interceptors import ErrorInterceptor
 from common.wire import layout_to_proto
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
@@ -29,6 +29,10 @@ class FakeStore:
         # Cleared to hold downloads behind their first chunk.
         self.go_on = asyncio.Event()
         self.go_on.set()
+        # Where each call began.
+        self.offsets: list[int] = []
+        # (version, number of the chunk before which a call breaks, once)
+        self.breaks: set[tuple[str, int]] = set()
 
     async def FetchWeights(
         self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
@@ -38,8 +42,12 @@ class FakeStore:
             raise NotFound("ADAPTER_NOT_FOUND", "no such adapter")
         yield adapter_store_pb2.FetchWeightsResponse(layout=layout_to_proto(adapter.layout))
         content = adapter.content
-        for offset in range(0, len(content), CHUNK_BYTES):
+        self.offsets.append(request.offset_bytes)
+        for offset in range(request.offset_bytes, len(content), CHUNK_BYTES):
             data = content[offset : offset + CHUNK_BYTES]
+            if (request.adapter_version, offset // CHUNK_BYTES) in self.breaks:
+                self.breaks.discard((request.adapter_version, offset // CHUNK_BYTES))
+                raise Unavailable("TEST", "the connection is cut")
             chunk = adapter_store_pb2.FetchWeightsChunk(offset_bytes=offset, data=data)
             yield adapter_store_pb2.FetchWeightsResponse(chunk=chunk)
             if offset == 0:

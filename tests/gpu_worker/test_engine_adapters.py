@@ -202,7 +202,7 @@ class TestMemoryCommands:
     def test_usage_counts_what_is_held(self, driver: EngineDriver) -> None:
         driver.generate("s", PROMPT, "rank-3")
         reply = self.ask(driver, get_usage={})
-        assert (reply.call_id, reply.memory.adapter_pages, len(reply.resident)) == (7, 3, 1)
+        assert (reply.call_id, reply.memory.adapter_pages, reply.resident_adapters) == (7, 3, 1)
 
     def test_a_cold_adapter_is_evicted(self, driver: EngineDriver) -> None:
         driver.generate("s", PROMPT, "rank-3")

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.wire import layout_to_proto
+from gpu_worker.blob_cache import BlobCache
 from gpu_worker.fetcher import Fetcher
 from gpu_worker.metrics import WorkerMetrics
 from loraplex.v1 import engine_pb2
@@ -25,10 +26,11 @@ TIMEOUT_SECONDS = 20.0
 class Answers:
     """A fetcher and what it told the engine."""
 
-    def __init__(self, address: str, cache: Path) -> None:
+    def __init__(self, address: str, cache: Path, limit_bytes: int = 2**30) -> None:
         self._queue: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
         self.registry = CollectorRegistry()
-        self.fetcher = Fetcher(address, cache, WorkerMetrics(self.registry), self._queue.put_nowait)
+        self.cache = BlobCache(cache, limit_bytes)
+        self.fetcher = Fetcher(address, self.cache, WorkerMetrics(self.registry), self._queue.put_nowait)
 
     def ask(self, adapter_version: str) -> None:
         self.fetcher.fetch(engine_pb2.AdapterNeeded(tenant="default", adapter_version=adapter_version))
@@ -43,12 +45,13 @@ class Answers:
 
 
 @contextlib.asynccontextmanager
-async def asking(address: str, cache: Path) -> AsyncIterator[Answers]:
-    answers = Answers(address, cache)
+async def asking(address: str, cache: Path, limit_bytes: int = 2**30) -> AsyncIterator[Answers]:
+    answers = Answers(address, cache, limit_bytes)
     try:
         yield answers
     finally:
         await answers.fetcher.close()
+        answers.cache.close()
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def damage(path: str) -> None:
 
 
 def files(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.iterdir())
+    return sorted(path.name for path in cache.iterdir() if path.name != "lock")
 
 
 async def test_a_fetched_adapter_is_in_a_file(answers: Answers, store: FakeStore) -> None:

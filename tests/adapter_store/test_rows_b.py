@@ -56,7 +56,8 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     version = await put(client, "a")
     replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
     metrics = WorkerMetrics(CollectorRegistry())
-    fetcher = Fetcher(service.server.address, BlobCache(tmp_path / "cache", 2**30), metrics, replies.put_nowait)
+    cache = BlobCache(tmp_path / "cache", 2**30)
+    fetcher = Fetcher(service.server.address, cache, metrics, replies.put_nowait)
     needed = engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version)
     fetcher.fetch(needed)
     assert (await replies.get()).HasField("adapter_fetched")
@@ -68,16 +69,19 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     assert time.monotonic() - started < 1.0
     assert replies.empty()
     await fetcher.close()
+    cache.close()
 
 
 async def fetched_by_a_worker(service: StoreService, tmp_path: Path, version: str, volume: Path) -> Path:
     """Where a worker that sees `volume` reads the adapter."""
     replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
     metrics = WorkerMetrics(CollectorRegistry())
-    fetcher = Fetcher(service.server.address, BlobCache(tmp_path / "cache", 2**30), metrics, replies.put_nowait, volume)
+    cache = BlobCache(tmp_path / "cache", 2**30)
+    fetcher = Fetcher(service.server.address, cache, metrics, replies.put_nowait, volume)
     fetcher.fetch(engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version))
     fetched = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetched
     await fetcher.close()
+    cache.close()
     path = Path(fetched.path)
     assert fetched.layout.sha256 == sha256_of(path)
     return path

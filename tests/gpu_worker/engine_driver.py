@@ -43,6 +43,7 @@ class EngineDriver:
         self.stats: list[engine_pb2.StepStats] = []
         self.replies: list[engine_pb2.MemoryReply] = []
         self.snapshots: list[engine_pb2.EngineSnapshot] = []
+        self.residency: list[scheduler_pb2.ResidencyDelta] = []
         self.report = scheduler_pb2.StepReport(memory=self.ready.memory)
 
     @property
@@ -131,6 +132,7 @@ class EngineDriver:
             self.progress.setdefault(progress.key.request_id, []).append(progress)
         if step.HasField("stats"):
             self.stats.append(step.stats)
+        self.residency.extend(step.report.residency)
         self.report = step.report
 
     def _deliver(self, adapter_version: str) -> None:

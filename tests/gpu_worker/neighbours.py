@@ -29,6 +29,9 @@ class FakeStore:
         # Cleared to hold downloads behind their first chunk.
         self.go_on = asyncio.Event()
         self.go_on.set()
+        # Cleared to answer nothing at all.
+        self.answering = asyncio.Event()
+        self.answering.set()
         # Where each call began.
         self.offsets: list[int] = []
         # (version, number of the chunk before which a call breaks, once)
@@ -37,6 +40,7 @@ class FakeStore:
     async def FetchWeights(
         self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
     ) -> AsyncIterator[adapter_store_pb2.FetchWeightsResponse]:
+        await self.answering.wait()
         adapter = self.adapters.get(request.adapter_version)
         if adapter is None:
             raise NotFound("ADAPTER_NOT_FOUND", "no such adapter")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import socket
 from collections.abc import AsyncIterator
@@ -13,11 +14,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.wire import layout_to_proto
+from gpu_worker import download
 from gpu_worker.blob_cache import BlobCache
 from gpu_worker.fetcher import Fetcher
 from gpu_worker.metrics import WorkerMetrics
 from loraplex.v1 import engine_pb2
-from tests.gpu_worker.neighbours import FakeStore, serving
+from tests.gpu_worker.neighbours import CHUNK_BYTES, FakeStore, serving
 from tests.gpu_worker.tiny_model import TinyAdapter
 
 TIMEOUT_SECONDS = 20.0
@@ -174,3 +176,93 @@ async def test_two_versions_of_the_same_bytes_come_at_once(answers: Answers, sto
     both = [await answers.next(), await answers.next()]
     assert [command.WhichOneof("command") for command in both] == ["adapter_fetched"] * 2
     assert files(cache) == [f"{hashlib.sha256(first.content).hexdigest()}.packed"]
+
+
+class TestBrokenTransfers:
+    """Three chunks of a thousand bytes and a rest: what has come is not asked for again."""
+
+    async def test_it_goes_on_where_it_broke(self, answers: Answers, store: FakeStore) -> None:
+        store.breaks = {("rank-8", 2)}
+        fetched = (await answers.fetch("rank-8")).adapter_fetched
+        assert read(fetched.path) == store.adapters["rank-8"].content
+        assert store.offsets == [0, 2 * CHUNK_BYTES]
+
+    async def test_many_breaks_with_progress_between_them_are_borne(self, answers: Answers, store: FakeStore) -> None:
+        store.breaks = {("rank-8", chunk) for chunk in range(1, 12)}
+        fetched = (await answers.fetch("rank-8")).adapter_fetched
+        assert read(fetched.path) == store.adapters["rank-8"].content
+
+    async def test_bytes_that_changed_meanwhile_are_refused(
+        self, answers: Answers, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.breaks = {("rank-8", 2)}
+        answers.ask("rank-8")
+        await store.started.get()
+        store.adapters["rank-8"] = replace(store.adapters["rank-3"], version="rank-8")
+        error = (await answers.next()).adapter_fetch_failed.error
+        assert error.reason == "ADAPTER_CORRUPT"
+
+
+async def test_a_bad_adapter_is_not_asked_for_again_at_once(answers: Answers, store: FakeStore, tmp_path: Path) -> None:
+    store.adapters["rank-8"] = store.adapters["rank-8"].corrupted(tmp_path)
+    first = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    calls = len(store.offsets)
+    second = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    assert (second.code, second.reason, len(store.offsets)) == (first.code, first.reason, calls)
+    assert second.retry_after_seconds > 0
+
+
+async def test_the_others_are_fetched_meanwhile(answers: Answers, store: FakeStore, tmp_path: Path) -> None:
+    store.adapters["rank-8"] = store.adapters["rank-8"].corrupted(tmp_path)
+    await answers.fetch("rank-8")
+    assert (await answers.fetch("rank-3")).HasField("adapter_fetched")
+
+
+async def test_a_silent_store_is_unavailable(
+    answers: Answers, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SILENCE_SECONDS", 0.05)
+    store.answering.clear()
+    error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE.value[0], "STORE_SILENT")
+
+
+async def test_a_crowd_that_wants_one_adapter_fetches_it_once(answers: Answers, store: FakeStore) -> None:
+    for _ in range(500):
+        answers.ask("rank-8")
+    await answers.next()
+    assert len(store.offsets) == 1
+
+
+async def test_a_file_that_the_engine_has_not_opened_stays(store: FakeStore, cache: Path) -> None:
+    size = store.adapters["rank-8"].layout.total_bytes
+    async with serving(store) as address, asking(address, cache, limit_bytes=size + 100) as answers:
+        path = (await answers.fetch("rank-8")).adapter_fetched.path
+        answers.ask("rank-3")
+        await store.started.get()
+        await store.started.get()
+        assert files(cache) == [Path(path).name]
+        answers.fetcher.settled("rank-8")
+        assert (await answers.next()).HasField("adapter_fetched")
+        assert Path(path).name not in files(cache)
+
+
+async def test_bytes_that_the_engine_found_wrong_are_fetched_anew(answers: Answers, store: FakeStore) -> None:
+    fetched = (await answers.fetch("rank-8")).adapter_fetched
+    answers.fetcher.settled("rank-8")
+    answers.fetcher.distrust("rank-8", fetched.layout.sha256)
+    await answers.fetch("rank-8")
+    assert len(store.offsets) == 2
+
+
+async def test_a_full_disk_fails_the_adapter_that_came_last(
+    answers: Answers, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: download.Download, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.Download, "write", full)
+        error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "CACHE_DISK_FULL")
+    assert (await answers.fetch("rank-3")).HasField("adapter_fetched")

@@ -1,0 +1,149 @@
+"""Adapters climb in the order of the queue, ahead of admission, and hurt nobody on their way."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_worker.engine_driver import EngineDriver
+from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
+
+PROMPT = list(range(2, 10))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[TinyAdapter]:
+    """Twenty of three pages each."""
+    folder = tmp_path_factory.mktemp("prefetch")
+    return [write_adapter(folder, f"a{number}", lora_rank=3) for number in range(20)]
+
+
+def occupied(checkpoint: Path, adapters: list[TinyAdapter], num_pages: int = 200) -> EngineDriver:
+    """An engine whose one place is taken by a long sequence of the base model."""
+    driver = EngineDriver(checkpoint, adapters, num_pages, max_sequences=1)
+    driver.offer("long", [2], max_tokens=80, order_key=0)
+    driver.step()
+    return driver
+
+
+def resident(driver: EngineDriver) -> set[str]:
+    driver.send(memory={"call_id": 1, "list_resident": {}})
+    driver.step()
+    return {adapter.adapter_version for adapter in driver.replies[-1].resident if adapter.tier == 3}
+
+
+def steps(driver: EngineDriver, number: int) -> None:
+    """So many steps; every load that was started ends before the next."""
+    for _ in range(number):
+        driver.step()
+        if driver.memory.loading_adapters:
+            driver.wait_for_load()
+
+
+def test_the_queues_adapters_are_in_pages_before_their_requests_are_admitted(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter]
+) -> None:
+    driver = occupied(tiny_checkpoint, adapters)
+    for number in range(4):
+        driver.offer(f"s{number}", PROMPT, f"a{number}", order_key=number + 1)
+    steps(driver, 8)
+    assert "long" not in driver.ended
+    assert resident(driver) == {"a0", "a1", "a2", "a3"}
+
+
+def test_then_nobody_waits_for_a_load(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = occupied(tiny_checkpoint, adapters)
+    driver.offer("s", PROMPT, "a0", order_key=1)
+    steps(driver, 3)
+    driver.run()
+    assert driver.ended["s"].usage.load_seconds == 0.0
+
+
+def test_the_head_of_the_queue_goes_first(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = occupied(tiny_checkpoint, adapters)
+    for number in range(9, -1, -1):
+        driver.offer(f"s{number}", PROMPT, f"a{number}", order_key=number + 1)
+    driver.step()
+    assert driver.asked == [f"a{number}" for number in range(8)]
+
+
+def test_adapters_that_nobody_runs_with_yet_take_a_share_of_the_pool_only(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter]
+) -> None:
+    driver = occupied(tiny_checkpoint, adapters, num_pages=40)
+    for number in range(10):
+        driver.offer(f"s{number}", PROMPT, f"a{number}", order_key=number + 1)
+    steps(driver, 30)
+    assert resident(driver) == {"a0", "a1", "a2"}
+
+
+def test_a_colder_adapter_makes_room_and_one_that_is_wanted_does_not(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter]
+) -> None:
+    driver = EngineDriver(tiny_checkpoint, adapters, num_pages=28, max_sequences=1)
+    for number in range(6):
+        driver.generate(f"warm{number}", [2], f"a{number}", max_tokens=1)
+    driver.offer("long", [2], max_tokens=60, order_key=0)
+    driver.step()
+    driver.offer("s0", PROMPT, "a0", order_key=1)
+    driver.offer("s9", PROMPT, "a9", order_key=2)
+    while "a9" not in resident(driver):
+        steps(driver, 1)
+    assert "a0" in resident(driver)
+    assert "long" not in driver.ended
+
+
+def test_a_hint_takes_free_pages_only(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = EngineDriver(tiny_checkpoint, adapters, num_pages=23)
+    for number in range(7):
+        driver.generate(f"warm{number}", [2], f"a{number}", max_tokens=1)
+    before = resident(driver)
+    driver.command(prefetch={"tenant": "default", "adapter_version": "a9"})
+    steps(driver, 4)
+    assert (resident(driver), driver.asked[-1]) == (before, "a9")
+
+
+def test_a_hint_on_an_idle_engine_ends_in_pages(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = EngineDriver(tiny_checkpoint, adapters)
+    for number in range(12):
+        driver.command(prefetch={"tenant": "default", "adapter_version": f"a{number}"})
+    driver.run()
+    driver.run()
+    assert resident(driver) == {f"a{number}" for number in range(12)}
+
+
+def test_an_adapter_that_left_the_host_tier_is_fetched_again_when_its_turn_comes(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter]
+) -> None:
+    """A host tier of two adapters and a pool of a few: twenty requests for twenty adapters are all answered."""
+    size = adapters[0].layout.total_bytes
+    driver = EngineDriver(tiny_checkpoint, adapters, num_pages=24, max_sequences=2, host_memory=str(2 * size))
+    for number in range(20):
+        driver.offer(f"s{number}", PROMPT, f"a{number}", order_key=number)
+    driver.run()
+    assert driver.ended.keys() == {f"s{number}" for number in range(20)}
+    assert not any(last.HasField("error") for last in driver.ended.values())
+    assert driver.memory.host_adapter_bytes <= driver.memory.host_limit_bytes == 2 * size
+
+
+def test_usage_agrees_with_the_files(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = EngineDriver(tiny_checkpoint, adapters)
+    for number in range(5):
+        driver.generate(f"s{number}", [2], f"a{number}", max_tokens=1)
+    sizes = sum(adapter.path.stat().st_size for adapter in adapters[:5])
+    assert (driver.memory.adapter_bytes, driver.memory.host_adapter_bytes) == (sizes, sizes)
+    driver.send(memory={"call_id": 1, "evict": {"adapter_version": "a0"}})
+    driver.run()
+    assert driver.memory.adapter_bytes == sum(adapter.path.stat().st_size for adapter in adapters[1:5])
+
+
+def test_changes_of_both_tiers_are_numbered_without_gaps(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = EngineDriver(tiny_checkpoint, adapters, num_pages=24, host_memory=str(2 * adapters[0].layout.total_bytes))
+    for number in range(12):
+        driver.generate(f"s{number}", [2], f"a{number}", max_tokens=1)
+    numbers = [delta.sequence for delta in driver.residency]
+    assert numbers == list(range(1, len(numbers) + 1))
+    tiers = {delta.adapter.adapter_version: delta.adapter.tier for delta in driver.residency}
+    driver.send(memory={"call_id": 1, "list_resident": {}})
+    driver.run()
+    here = {adapter.adapter_version: adapter.tier for adapter in driver.replies[-1].resident}
+    assert here == {version: tier for version, tier in tiers.items() if tier != 1}

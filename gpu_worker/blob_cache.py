@@ -2,13 +2,13 @@
 
 import asyncio
 import fcntl
-import hashlib
 import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from common.checksum import Checksum, Promised
 from common.errors import ResourceExhausted
 from gpu_worker.byte_budget import ByteBudget
 
@@ -18,6 +18,7 @@ SUFFIX, PARTIAL = ".packed", ".partial"
 # Of a file that an earlier life of the worker left; those of this life were measured.
 ASSUMED_SECONDS_PER_BYTE = 1e-8
 ASSUMED_SECONDS = 0.01
+_READ_BYTES = 1 << 20
 
 _Stamp = tuple[int, int, int]
 
@@ -66,13 +67,14 @@ class BlobCache:
     def path(self, sha256: str) -> Path:
         return self._folder / f"{sha256}{SUFFIX}"
 
-    async def find(self, sha256: str) -> Path | None:
-        """The file with these bytes, held until `release`; None when it is not there or has others."""
+    async def find(self, promised: Promised) -> Path | None:
+        """The file with the promised bytes, held until `release`; None when it is not there or has others."""
+        sha256 = promised.sha256
         if sha256 not in self._budget:
             return None
         self._budget.hold(sha256)
         path = self.path(sha256)
-        if not await self._is_right(path, sha256):
+        if not await self._is_right(path, promised):
             self.release(sha256)
             self.discard(sha256)
             return None
@@ -157,14 +159,14 @@ class BlobCache:
             self._budget.add(sha256, num_bytes, ASSUMED_SECONDS + num_bytes * ASSUMED_SECONDS_PER_BYTE)
         self._make_room(0)
 
-    async def _is_right(self, path: Path, sha256: str) -> bool:
+    async def _is_right(self, path: Path, promised: Promised) -> bool:
         """A file is read whole once, and again only after it has changed: whoever copies it verifies the copy."""
         try:
             stamp = _stamp(path)
-            if self._verified.get(sha256) != stamp:
-                if await asyncio.to_thread(_sha256, path) != sha256:
+            if self._verified.get(promised.sha256) != stamp:
+                if not await asyncio.to_thread(_holds, path, promised):
                     return False
-                self._verified[sha256] = stamp
+                self._verified[promised.sha256] = stamp
         except OSError:
             return False
         return True
@@ -186,6 +188,9 @@ def _stamp(path: Path) -> _Stamp:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _sha256(path: Path) -> str:
+def _holds(path: Path, promised: Promised) -> bool:
+    checksum = Checksum(promised)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while data := file.read(_READ_BYTES):
+            checksum.update(data)
+    return checksum.holds()

@@ -1,7 +1,6 @@
 """One adapter on its way from the store: what has come so far survives a broken call."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,6 +8,7 @@ from typing import BinaryIO
 
 import grpc
 
+from common.checksum import Checksum
 from common.errors import DataLoss, Unavailable, from_rpc_error
 from gpu_worker.blob_cache import BlobCache, Partial
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, engine_pb2, types_pb2
@@ -27,12 +27,13 @@ class Download:
         self.partial: Partial | None = None
         self.received = 0
         self.started = time.monotonic()
-        self._hash = hashlib.sha256()
+        self._checksum: Checksum | None = None
         self._file: BinaryIO | None = None
 
     @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+    def holds(self) -> bool:
+        """What has come is all and nothing but what the layout promises."""
+        return (self._checksum or Checksum(self.layout)).holds()
 
     def take(self, layout: types_pb2.PackedLayout) -> None:
         """The layout of a call. Raises DataLoss when it is another than that of the call before."""
@@ -49,7 +50,9 @@ class Download:
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
-        self._hash.update(data)
+        if self._checksum is None:
+            self._checksum = Checksum(self.layout)
+        self._checksum.update(data)
         self.received += len(data)
 
     def close(self, cache: BlobCache) -> None:

@@ -159,7 +159,7 @@ class Fetcher:
             layout = download.layout
             if (path := self._on_volume(version, layout)) is not None:
                 return path, layout
-            if not download.received and (path := await self._cache.find(layout.sha256)) is not None:
+            if not download.received and (path := await self._cache.find(layout)) is not None:
                 return self._hand_out(version, layout, path)
             if download.partial is None:
                 download.partial = await self._cache.reserve(layout.sha256, layout.total_bytes)
@@ -168,11 +168,9 @@ class Fetcher:
         if download.received < layout.total_bytes:
             came = f"{download.received} of {layout.total_bytes} bytes came"
             raise CutShort("ADAPTER_CORRUPT", f"{came}, then the adapter store ended the stream")
-        if download.sha256 != layout.sha256:
-            message = (
-                f"{download.received} of {layout.total_bytes} bytes came, and their sha256 is not the promised one"
-            )
-            raise DataLoss("ADAPTER_CORRUPT", message)
+        if not download.holds:
+            came = f"{download.received} of {layout.total_bytes} bytes came"
+            raise DataLoss("ADAPTER_CORRUPT", f"{came}, and their checksum is not the promised one")
         assert download.partial is not None
         path = self._cache.keep(download.partial, time.monotonic() - download.started)
         return self._hand_out(version, layout, path)

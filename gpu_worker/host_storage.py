@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.checksum import Checksum
 from common.packing import PackedLayout
 from gpu_worker.memory.allocator import OutOfPagesError, PageAllocator, PageKind
 from gpu_worker.memory.geometry import PageGeometry
@@ -55,13 +56,12 @@ class MappedBlob:
     def __init__(self, data: npt.NDArray[np.uint8], layout: PackedLayout) -> None:
         self.num_bytes = layout.total_bytes
         self._data = data
-        self._sha256 = layout.sha256
+        self._layout = layout
 
     def copy_to(self, pool: PagePool, pages: list[int]) -> None:
         pool.write(pages, self._data)
         # Hashed where kernels read them: what is verified is what is used.
-        if pool.sha256(pages, self.num_bytes) != self._sha256:
-            raise WrongBytesError("the bytes in the pages do not have the recorded sha256")
+        _verify(pool, pages, self._layout)
 
     def close(self) -> None:
         del self._data
@@ -101,7 +101,7 @@ class ArenaBlob:
         self.num_bytes = layout.total_bytes
         self._arena = arena
         self._file: npt.NDArray[np.uint8] | None = data
-        self._sha256 = layout.sha256
+        self._layout = layout
         self._pages = pages
 
     def copy_to(self, pool: PagePool, pages: list[int]) -> None:
@@ -109,13 +109,21 @@ class ArenaBlob:
             self._arena.pool.write(self._pages, self._file)
             # Hashed in the arena: the device reads these bytes and no others, and hashing them there would cost a
             # second way over the bus.
-            if self._arena.pool.sha256(self._pages, self.num_bytes) != self._sha256:
-                raise WrongBytesError("the bytes in the host tier do not have the recorded sha256")
+            _verify(self._arena.pool, self._pages, self._layout)
             self._file = None
         pool.copy_pages(pages, self._arena.pool, self._pages)
 
     def close(self) -> None:
         self._arena.free(self._pages)
+
+
+def _verify(pool: PagePool, pages: list[int], layout: PackedLayout) -> None:
+    """Raises WrongBytesError unless `pages` hold what the layout promises."""
+    checksum = Checksum(layout)
+    for part in pool.parts(pages, layout.total_bytes):
+        checksum.update(part)
+    if not checksum.holds():
+        raise WrongBytesError("the bytes copied do not have the recorded checksum")
 
 
 def _mapped(path: Path, layout: PackedLayout) -> npt.NDArray[np.uint8]:

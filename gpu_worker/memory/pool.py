@@ -1,6 +1,6 @@
 """The one tensor: `[num_pages, page_bytes]` bytes on the device. KV and adapters are views of it."""
 
-import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +47,10 @@ class PagePool:
         if self._copies is not None:
             self._copies.synchronize()
 
-    def sha256(self, pages: list[int], num_bytes: int) -> str:
-        """sha256, hex, of the first `num_bytes` held by `pages`."""
-        digest, page_bytes = hashlib.sha256(), self._geometry.page_bytes
+    def parts(self, pages: list[int], num_bytes: int) -> Iterator[memoryview]:
+        """The first `num_bytes` held by `pages`, page by page, as a host reads them."""
+        page_bytes = self._geometry.page_bytes
         for index, page in enumerate(pages):
             length = min(page_bytes, num_bytes - index * page_bytes)
             part: npt.NDArray[np.uint8] = self.bytes[page, :length].cpu().numpy()
-            digest.update(part.data)
-        return digest.hexdigest()
+            yield part.data

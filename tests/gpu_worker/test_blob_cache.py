@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import ResourceExhausted
+from common.packing import PackedLayout
 from gpu_worker.blob_cache import BlobCache
 
 LIMIT = 300
@@ -16,6 +17,10 @@ LIMIT = 300
 
 def content(number: int) -> bytes:
     return bytes([number]) * 100
+
+
+def promised(sha256: str) -> PackedLayout:
+    return PackedLayout("float32", 100, (), sha256)
 
 
 def sha256(number: int) -> str:
@@ -55,7 +60,7 @@ async def test_the_files_never_exceed_the_budget(cache: BlobCache, tmp_path: Pat
 
 async def test_a_file_in_use_stays_while_others_go(cache: BlobCache) -> None:
     held = await put(cache, 0)
-    assert await cache.find(held) is not None
+    assert await cache.find(promised(held)) is not None
     for number in range(1, 8):
         await put(cache, number)
     assert cache.path(held).read_bytes() == content(0)
@@ -64,7 +69,7 @@ async def test_a_file_in_use_stays_while_others_go(cache: BlobCache) -> None:
 async def test_a_download_waits_while_everything_is_in_use(cache: BlobCache) -> None:
     digests = [await put(cache, number) for number in range(3)]
     for digest in digests:
-        await cache.find(digest)
+        await cache.find(promised(digest))
     waiting = asyncio.create_task(cache.reserve(sha256(3), 100))
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -93,14 +98,14 @@ async def test_what_an_earlier_life_left_is_booked_and_shrunk(tmp_path: Path) ->
     (tmp_path / "x.partial").write_bytes(b"half")
     cache = BlobCache(tmp_path, LIMIT)
     assert names(tmp_path, "*.p*") == sorted(sha256(number) for number in (2, 3, 4))
-    assert await cache.find(sha256(4)) is not None
+    assert await cache.find(promised(sha256(4))) is not None
     cache.close()
 
 
 async def test_a_file_that_changed_is_read_again_and_given_up(cache: BlobCache) -> None:
     digest = await put(cache, 0)
     cache.path(digest).write_bytes(b"other")
-    assert await cache.find(digest) is None
+    assert await cache.find(promised(digest)) is None
     assert not cache.path(digest).exists()
 
 

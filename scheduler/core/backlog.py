@@ -18,7 +18,7 @@ class Backlog:
         self.num_requests = 0
         self.num_tokens = 0
         self._policy = policy
-        self._lines: dict[str, Line] = {}
+        self._lines = {NO_WORKER: Line(policy)}
         # Numbers of queued requests; those that left leave when they reach the top.
         self._arrivals: list[int] = []
         self._requests: dict[int, Request] = {}
@@ -27,11 +27,9 @@ class Backlog:
         """In no particular order."""
         return iter(self._requests.values())
 
-    def line(self, worker_id: str) -> Line:
-        line = self._lines.get(worker_id)
-        if line is None:
-            line = self._lines[worker_id] = Line(self._policy)
-        return line
+    def open_line(self, worker_id: str, line: Line) -> None:
+        """The worker has come, and this is its line; it must have no other."""
+        self._lines[worker_id] = line
 
     def push(self, request: Request, worker_id: str) -> None:
         """The request waits from now on, for this worker."""
@@ -41,7 +39,7 @@ class Backlog:
         self.num_requests += 1
         self.num_tokens += request.cost_tokens
         request.line_id = worker_id
-        self.line(worker_id).push(request)
+        self._lines[worker_id].push(request)
 
     def remove(self, request: Request) -> None:
         """It waits no more. Raises KeyError when it did not."""
@@ -49,28 +47,27 @@ class Backlog:
         self.num_requests -= 1
         self.num_tokens -= request.cost_tokens
         assert request.line_id is not None
-        self.line(request.line_id).remove(request)
+        self._lines[request.line_id].remove(request)
         request.line_id = None
         self._policy.unqueued(request)
 
     def move(self, request: Request, worker_id: str) -> None:
         """It waits for another worker; its place in time stays."""
         assert request.line_id is not None
-        self.line(request.line_id).remove(request)
+        self._lines[request.line_id].remove(request)
         request.line_id = worker_id
-        self.line(worker_id).push(request)
+        self._lines[worker_id].push(request)
 
     def end_line(self, worker_id: str) -> list[Request]:
-        """The worker is gone: what waited for it, oldest first, waits for no worker until it is moved."""
+        """The worker takes nothing more: what waited for it, oldest first, waits for no worker until it is moved."""
         requests = self.requests_of(worker_id)
         for request in requests:
             self.move(request, NO_WORKER)
-        self._lines.pop(worker_id, None)
         return requests
 
     def requests_of(self, worker_id: str) -> list[Request]:
         """What waits for the worker, oldest first."""
-        return sorted(self.line(worker_id), key=lambda request: request.number)
+        return sorted(self._lines.get(worker_id, ()), key=lambda request: request.number)
 
     @property
     def oldest(self) -> Request | None:

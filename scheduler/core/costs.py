@@ -28,6 +28,15 @@ class StepFacts:
     # Distinct adapters, counted in each step.
     adapters: int = 0
 
+    def plus(self, other: "StepFacts") -> "StepFacts":
+        return StepFacts(
+            self.steps + other.steps,
+            self.seconds + other.seconds,
+            self.prefill_tokens + other.prefill_tokens,
+            self.decode_tokens + other.decode_tokens,
+            self.adapters + other.adapters,
+        )
+
 
 class CostModel:
     """seconds = a steps + b prefill tokens + c decode tokens + d distinct adapters, by recursive least squares."""

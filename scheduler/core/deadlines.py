@@ -4,7 +4,6 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator
 
-from scheduler.core.backlog import Backlog
 from scheduler.core.model import Request, RequestState, Tier
 from scheduler.core.policies.protocol import Policy
 from scheduler.core.settings import Settings
@@ -47,8 +46,7 @@ class Deadlines:
 class Estimator:
     """How long a request will wait for its first token, in seconds."""
 
-    def __init__(self, backlog: Backlog, policy: Policy, settings: Settings) -> None:
-        self._backlog = backlog
+    def __init__(self, policy: Policy, settings: Settings) -> None:
         self._policy = policy
         self._settings = settings
 
@@ -76,7 +74,7 @@ class Estimator:
 
     def queue_seconds(self, request: Request, worker: Worker) -> float:
         """Until the worker is given the request: what is before it in the line, by the share of its tenant."""
-        line = self._backlog.line(worker.worker_id)
+        line = worker.line
         if not line.num_requests and worker.can_take(request):
             return 0.0
         return self._policy.wait_seconds(request, line.cost_seconds, line.cost_of(request.tenant))

@@ -53,7 +53,7 @@ def _explain_queued(scheduler: Scheduler, request: Request, now: float) -> list[
     if not ready:
         sentences.append("No worker is ready.")
     if home := scheduler.fleet.get(request.line_id or ""):
-        line = queue.line(home.worker_id)
+        line = home.line
         sentences.append(
             f"It waits in the line of worker {home.worker_id}, which holds {line.num_requests} requests and about "
             f"{line.cost_seconds:.1f} s of work, {line.cost_of(request.tenant):.1f} s of it of its tenant."

@@ -4,7 +4,9 @@ import itertools
 from dataclasses import dataclass
 
 from scheduler.core.identity import check_identity
+from scheduler.core.lines import Line
 from scheduler.core.model import Hello, Identity
+from scheduler.core.policies.protocol import Policy
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
 
@@ -24,11 +26,14 @@ class LostWorker:
 class Fleet:
     """Workers by id. Every `now` is in seconds on the caller's clock."""
 
-    def __init__(self, settings: Settings, epoch: int, now: float) -> None:
+    def __init__(self, settings: Settings, policy: Policy, epoch: int, now: float) -> None:
         self.lost: dict[str, LostWorker] = {}
         # What the last worker to register serves; gateways have seen it even when that worker is gone.
         self.identity: Identity | None = None
+        # Those that take work, by id.
+        self.ready: list[Worker] = []
         self._settings = settings
+        self._policy = policy
         self._epoch = epoch
         self._registrations = itertools.count()
         self._workers: dict[str, Worker] = {}
@@ -60,7 +65,7 @@ class Fleet:
         self._fenced_until.pop(hello.worker_id, None)
         lost = self.lost.pop(hello.worker_id, None)
         previous = self._workers.get(hello.worker_id) or (lost.worker if lost else None)
-        worker = Worker(hello, self._epoch + next(self._registrations), self._settings)
+        worker = Worker(hello, self._epoch + next(self._registrations), self._settings, Line(self._policy))
         self._workers[hello.worker_id] = worker
         self.identity = hello.identity
         self.note_readiness(now)
@@ -84,7 +89,8 @@ class Fleet:
     def note_readiness(self, now: float) -> None:
         """To be called when a worker came, went, or changed its state."""
         self._sorted = [self._workers[worker_id] for worker_id in sorted(self._workers)]
-        if any(not worker.draining for worker in self._workers.values()):
+        self.ready = [worker for worker in self._sorted if not worker.draining]
+        if self.ready:
             self._none_ready_since = None
         elif self._none_ready_since is None:
             self._none_ready_since = now

@@ -12,7 +12,7 @@ from scheduler.core.history import History
 from scheduler.core.lengths import OutputLengths
 from scheduler.core.model import Ending, Progress, Reason, Request, RequestState, Tier
 from scheduler.core.placement import Placement
-from scheduler.core.policies import make_policy
+from scheduler.core.policies.protocol import Policy
 from scheduler.core.requests import RequestTable
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
@@ -24,16 +24,17 @@ _ORDER_KEYS_PER_EPOCH = 1 << 20
 class Lifecycle:
     """Requests and where they are. Every `now` is in seconds on the caller's clock."""
 
-    def __init__(self, settings: Settings, epoch: int, fleet: Fleet) -> None:
-        self.costs = CostModel()
+    def __init__(self, settings: Settings, epoch: int, fleet: Fleet, policy: Policy, costs: CostModel) -> None:
+        """`costs` is the model of a step that prices service."""
+        self.costs = costs
+        self.policy = policy
         self.lengths = OutputLengths(settings.output_quantile, settings.output_window, settings.output_min_samples)
-        self.policy = make_policy(settings, self.costs)
         self.queue = Backlog(self.policy)
         self.requests = RequestTable()
         self.history = History(settings.history_requests)
         self.deadlines = Deadlines(is_queued)
-        self.placement = Placement(fleet, self.queue, settings)
-        self.estimator = Estimator(self.queue, self.policy, settings)
+        self.placement = Placement(fleet, settings)
+        self.estimator = Estimator(self.policy, settings)
         # Workers that something happened to, in the order of the events.
         self.touched: dict[str, None] = {}
         # Whether requests may wait for a certain worker; not before all workers had time to come back.
@@ -61,9 +62,15 @@ class Lifecycle:
         request.state, request.worker_id = RequestState.QUEUED, ""
         request.expected_tokens = self.lengths.expected(request.adapter, request.max_tokens, request.output_tokens)
         request.cost = self.costs.service_seconds(request.prompt_tokens, request.num_outputs * request.expected_tokens)
-        self.queue.push(request, NO_WORKER)
-        self._expect(request, None)
-        self.assign([request])
+        workers = self.placement.workers if self.assigning else []
+        worker = self.placement.choose(request, workers) if workers else None
+        refusal = self._settle(request, worker) if workers else None
+        self.queue.push(request, NO_WORKER if worker is None else worker.worker_id)
+        if refusal is not None:
+            self.refuse(request, refusal)
+            return
+        self._expect(request, worker)
+        self.touch(request.line_id or NO_WORKER)
 
     def assign(self, requests: list[Request]) -> None:
         """Finds a worker's line for requests that wait for none, if workers are there."""
@@ -72,14 +79,26 @@ class Lifecycle:
             return
         for request in requests:
             worker = self.placement.choose(request, workers)
-            if worker is None:
-                self.refuse(request, refusals.too_large(request, workers))
-            elif not request.offer_seq and (shortage := self.estimator.shortage(request, worker)):
-                self.refuse(request, refusals.hopeless(request, shortage, self._settings))
-            else:
+            if refusal := self._settle(request, worker):
+                self.refuse(request, refusal)
+            elif worker is not None:
                 self.queue.move(request, worker.worker_id)
                 self._expect(request, worker)
                 self.touch(worker.worker_id)
+
+    def _settle(self, request: Request, worker: Worker | None) -> Refusal | None:
+        """Why the request should not wait for the worker that was chosen for it; None when it should."""
+        if worker is None:
+            return refusals.too_large(request, self.placement.workers)
+        if not request.offer_seq and (shortage := self.estimator.shortage(request, worker)):
+            return refusals.hopeless(request, shortage, self._settings)
+        return None
+
+    def open_line(self, worker: Worker) -> None:
+        """The worker has come; what waits for its earlier registration, or for no worker, finds a line anew."""
+        self.queue.end_line(worker.worker_id)
+        self.queue.open_line(worker.worker_id, worker.line)
+        self.assign_waiting()
 
     def assign_waiting(self) -> None:
         """Finds lines for all that wait for no worker: one has come."""

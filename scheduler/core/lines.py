@@ -53,8 +53,8 @@ class Line:
     def __init__(self, policy: Policy) -> None:
         self.num_requests = 0
         self.num_tokens = 0
-        # Requests that ever came.
-        self.num_pushed = 0
+        # Requests that ever came or left.
+        self.num_changes = 0
         # Service that its requests are expected to take, in seconds; of each tenant too.
         self.cost_seconds = 0.0
         self._tenants: dict[str, float] = {}
@@ -97,7 +97,7 @@ class Line:
             lane = self._lanes[name] = Lane(name, self._policy)
         lane.push(request)
         self.num_requests += 1
-        self.num_pushed += 1
+        self.num_changes += 1
         self.num_tokens += request.cost_tokens
         self.cost_seconds += request.cost
         self._tenants[request.tenant] = self._tenants.get(request.tenant, 0.0) + request.cost
@@ -111,6 +111,7 @@ class Line:
         lane = self._lanes[name]
         lane.remove(request)
         self.num_requests -= 1
+        self.num_changes += 1
         self.num_tokens -= request.cost_tokens
         self._discount(request)
         lanes = self._adapters[request.adapter]

@@ -3,8 +3,8 @@
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
 
-# The budget is thought over once in so many reports, and changed when it would change by more than this part.
-_REPORTS_OF_A_BUDGET = 16
+# The budget is thought over once in so many updates of the model, and changed when it differs by more than this part.
+_REPORTS_OF_A_BUDGET = 4
 _LEAST_CHANGE = 0.25
 
 

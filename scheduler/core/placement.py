@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Collection, Mapping
 
-from scheduler.core.backlog import Backlog
 from scheduler.core.fleet import Fleet
 from scheduler.core.model import Request
 from scheduler.core.settings import Settings
@@ -16,19 +15,18 @@ _ADAPTER_IMBALANCE = 1.25
 class Placement:
     """Chooses a worker's line for each arrival, and what an idle worker takes over from others. O(workers)."""
 
-    def __init__(self, fleet: Fleet, backlog: Backlog, settings: Settings) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self._fleet = fleet
-        self._backlog = backlog
         self._settings = settings
 
     @property
     def workers(self) -> list[Worker]:
         """Those that take work."""
-        return [worker for worker in self._fleet.workers if not worker.draining]
+        return self._fleet.ready
 
     def load(self, worker: Worker) -> int:
         """Tokens in front of a newcomer: on the worker and in its line."""
-        return worker.outstanding_tokens + self._backlog.line(worker.worker_id).num_tokens
+        return worker.outstanding_tokens + worker.line.num_tokens
 
     def is_far_above(self, load: float, other: float) -> bool:
         """Whether the first load in tokens is so much greater that affinity does not count any more."""
@@ -45,13 +43,17 @@ class Placement:
         the same one each time, whatever else was asked before.
         """
         loads = {
-            worker: (self.load(worker) - worker.cached_tokens(request), worker.given_tokens, worker.worker_id)
+            worker: (
+                worker.outstanding_tokens + worker.line.num_tokens - worker.cached_tokens(request),
+                worker.given_tokens,
+                worker.worker_id,
+            )
             for worker in workers
             if worker.could_ever_take(request)
         }
         if not loads:
             return None
-        least = min(loads, key=lambda worker: loads[worker])
+        least = min(loads, key=loads.__getitem__)
         if not request.adapter:
             return least
         homes = [worker for worker in loads if self._is_home(worker, request.adapter)]
@@ -81,10 +83,10 @@ class Placement:
 
     def _num_adapters(self, worker: Worker) -> int:
         """Adapters that its requests and its line need."""
-        return len(worker.adapters_in_use) + self._backlog.line(worker.worker_id).num_adapters
+        return len(worker.adapters_in_use) + worker.line.num_adapters
 
     def _is_home(self, worker: Worker, adapter: str) -> bool:
-        return worker.has(adapter) or self._backlog.line(worker.worker_id).has(adapter)
+        return worker.has(adapter) or worker.line.has(adapter)
 
 
 def rendezvous(adapter: str, worker_id: str) -> int:

@@ -53,8 +53,7 @@ class Rounds:
     def _serve(self, worker: Worker, now: float) -> None:
         """Gives the worker what it can take of its line."""
         worker.wake_at = None
-        line = self._backlog.line(worker.worker_id)
-        before = self._num_offered
+        line = worker.line
         if line.num_requests:
             for request in self._selection.choose(worker, line, now):
                 self._give(request, worker, now)
@@ -62,16 +61,19 @@ class Rounds:
         order_key = rotate(worker, head, now, self._settings)
         if order_key is not None and head is not None and worker.can_take(head):
             self._give(head, worker, now, order_key)
-        if line.num_requests and (self._num_offered > before or line.num_pushed != worker.pushes_seen):
-            worker.pushes_seen = line.num_pushed
+        # Half of what was looked at last time may have left before it is looked at again.
+        if line.num_requests and line.num_changes > worker.prefetched_at + self._settings.max_prefetches // 2:
+            worker.prefetched_at = line.num_changes
             self._prefetch(worker, line)
 
     def _help(self, workers: list[Worker], now: float) -> bool:
         """Those of `workers` that have nothing in line take over from lines that are far behind; True if one did."""
-        idle = [worker for worker in workers if not worker.full and not self._has_line(worker)]
+        idle = [worker for worker in workers if not worker.full and not worker.line.num_requests]
         if not idle or not self._backlog.num_requests:
             return False
-        donors = {worker: self._placement.load(worker) for worker in self._fleet.workers if self._has_line(worker)}
+        donors = {
+            worker: self._placement.load(worker) for worker in self._fleet.workers if worker.line.num_requests > 0
+        }
         helped = False
         for worker in idle:
             while donors and not worker.full:
@@ -81,7 +83,7 @@ class Rounds:
                 self._give(request, worker, now)
                 helped = True
                 donors[donor] = self._placement.load(donor)
-                if not self._has_line(donor):
+                if not donor.line.num_requests:
                     del donors[donor]
         return helped
 
@@ -95,12 +97,12 @@ class Rounds:
         busiest = sorted(donors, key=lambda other: (donors[other], other.worker_id), reverse=True)[:_DONORS]
         behind = [other for other in busiest if not worker.requests or self._placement.is_far_above(donors[other], own)]
         for donor in behind:
-            heads = self._backlog.line(donor.worker_id).heads_of(worker.adapters_in_use)
+            heads = donor.line.heads_of(worker.adapters_in_use)
             for request in heads[: self._settings.lookahead_lanes]:
                 if self._selection.fits(worker, request):
                     return donor, request
         for donor in behind[:1]:
-            candidates = self._backlog.line(donor.worker_id).candidates(self._settings.lookahead_lanes)
+            candidates = donor.line.candidates(self._settings.lookahead_lanes)
             fitting = [request for request in candidates if self._selection.fits(worker, request)]
             if fitting:
                 return donor, min(fitting, key=lambda request: self._placement.num_homes(request.adapter))
@@ -116,6 +118,3 @@ class Rounds:
     def _give(self, request: Request, worker: Worker, now: float, order_key: int | None = None) -> None:
         self._life.offer(request, worker, now, order_key)
         self._num_offered += 1
-
-    def _has_line(self, worker: Worker) -> bool:
-        return self._backlog.line(worker.worker_id).num_requests > 0

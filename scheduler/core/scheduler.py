@@ -3,11 +3,13 @@
 from scheduler.core import refusals
 from scheduler.core.adoption import Fate, Verdict, is_unconfirmed, judge
 from scheduler.core.commands import Abort, Decisions, Placed, Refusal, Refused, StepBudget
+from scheduler.core.costs import CostModel
 from scheduler.core.fleet import Fleet
 from scheduler.core.intake import Intake, ReportGapError
 from scheduler.core.lifecycle import Lifecycle
 from scheduler.core.model import Hello, Key, Report, Request, RequestState
 from scheduler.core.pacing import new_step_budget
+from scheduler.core.policies import make_policy
 from scheduler.core.rounds import Rounds
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
@@ -20,8 +22,10 @@ class Scheduler:
         """`epoch` is greater than that of any scheduler before: Unix milliseconds."""
         self.settings = settings
         self.epoch = epoch
-        self.fleet = Fleet(settings, epoch, now)
-        self.life = Lifecycle(settings, epoch, self.fleet)
+        costs = CostModel()
+        policy = make_policy(settings, costs)
+        self.fleet = Fleet(settings, policy, epoch, now)
+        self.life = Lifecycle(settings, epoch, self.fleet, policy, costs)
         self.queue, self.requests = self.life.queue, self.life.requests
         # Nothing is placed before; workers with sequences of an earlier scheduler come back until then.
         self.recovered_at = now + settings.recovery_seconds
@@ -109,8 +113,7 @@ class Scheduler:
         self._intakes[worker.worker_id] = Intake(worker)
         for verdict in judge(hello.in_flight, previous, self.requests):
             self._carry_out(verdict, worker, now)
-        self.life.end_line(worker.worker_id)
-        self.life.assign_waiting()
+        self.life.open_line(worker)
         self.life.touch(worker.worker_id)
         return worker.epoch
 
@@ -165,9 +168,10 @@ class Scheduler:
         if not worker.move_adapters(report.residency):
             raise ReportGapError(f"a change of residency is missing in the reports of worker {worker.worker_id}")
         if report.costs is not None:
-            self.life.costs.update(report.costs)
-            worker.costs.update(report.costs)
-            if (tokens := new_step_budget(worker, self.settings)) is not None:
+            if (facts := worker.gather(report.costs)) is not None:
+                self.life.costs.update(facts)
+                worker.costs.update(facts)
+            if facts and (tokens := new_step_budget(worker, self.settings)) is not None:
                 worker.command(StepBudget(tokens))
                 changed = True
         if changed:

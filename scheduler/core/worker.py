@@ -3,12 +3,15 @@
 from collections.abc import Collection, Iterable
 
 from scheduler.core.commands import Action, Command, Preempt
-from scheduler.core.costs import CostModel
+from scheduler.core.costs import CostModel, StepFacts
+from scheduler.core.lines import Line
 from scheduler.core.model import Capacity, Hello, Key, Progress, Request, RequestState, Residency, Tier
 from scheduler.core.pages import peak_pages
 from scheduler.core.prefixes import PrefixMemory
 from scheduler.core.settings import Settings
 
+# Reports of steps that are looked at together; each of the first ones is.
+_FACTS_OF_A_LOOK = 8
 # Adapters that are remembered to have been prefetched.
 _MAX_PREFETCHED = 1024
 
@@ -16,18 +19,21 @@ _MAX_PREFETCHED = 1024
 class Worker:
     """Requests, adapters and commands of one worker, from one registration to its end."""
 
-    def __init__(self, hello: Hello, epoch: int, settings: Settings) -> None:
-        """`epoch` is that of the commands of this registration."""
+    def __init__(self, hello: Hello, epoch: int, settings: Settings, line: Line) -> None:
+        """`epoch` is that of the commands of this registration; `line` will hold what waits for it."""
         self.worker_id = hello.worker_id
         self.capacity: Capacity = hello.capacity
         self.identity = hello.identity
         self.epoch = epoch
+        self.line = line
         self.draining = False
         # When it must be looked at though nothing happens; None when only an event can change anything.
         self.wake_at: float | None = None
-        # Requests its line had ever had when it was looked at last.
-        self.pushes_seen = 0
+        # What came to its line and left it until its adapters were last prefetched.
+        self.prefetched_at = 0
         self.costs = CostModel()
+        self._facts: StepFacts | None = None
+        self._num_facts = 0
         # The limit of its steps as it was last told; None before.
         self.step_budget: int | None = None
         self.requests: dict[Key, Request] = {}
@@ -98,6 +104,15 @@ class Worker:
     def cached_tokens(self, request: Request) -> int:
         """Tokens at the beginning of its prompt that were computed here a while ago and may still be cached."""
         return self._prefixes.num_pages(request.prefix) * self.capacity.page_size if request.prefix else 0
+
+    def gather(self, facts: StepFacts) -> StepFacts | None:
+        """What its steps took, summed up until it is worth a look: a model of them need not follow every report."""
+        self._facts = facts if self._facts is None else self._facts.plus(facts)
+        self._num_facts += 1
+        if self._num_facts < _FACTS_OF_A_LOOK and self.costs.num_reports >= _FACTS_OF_A_LOOK:
+            return None
+        gathered, self._facts, self._num_facts = self._facts, None, 0
+        return gathered
 
     def front_key(self, adapter: str, order_key: int | None) -> int | None:
         """The order key of what comes in the turn of an adapter that another had to end for; None in other turns.

@@ -1,5 +1,7 @@
 """A worker's figures, filled from the engine's step statistics. No adapter or tenant is a label."""
 
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from common.wire import dtype_from_proto
@@ -15,76 +17,88 @@ _COPY_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.0
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+@dataclass(frozen=True)
+class Instruments:
+    """Makes metrics in one registry."""
+
+    registry: CollectorRegistry
+
+    def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
 class WorkerMetrics:
     """Everything /metrics of a worker shows beside the process's own figures."""
 
     def __init__(self, registry: CollectorRegistry, *, vllm_names: bool = False) -> None:
         """With `vllm_names` the figures that other routers and boards ask for have vLLM's names as well."""
         self._vllm = VllmMetrics(registry) if vllm_names else None
-
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(name, text, labels, registry=registry)
-
-        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
-
-        self._running = gauge("loraplex_worker_running_requests", "Sequences that hold pages")
-        self._waiting = gauge("loraplex_worker_waiting_requests", "Sequences in the local queue")
-        self._model = gauge("loraplex_worker_info", "1, with the model that is served", ("model", "dtype"))
-        self._pages = gauge("loraplex_worker_pages", "Pages of the pool by what they hold", ("kind",))
-        self._kv_usage = gauge("loraplex_worker_kv_cache_usage_ratio", "Share of the pool that holds KV")
-        self._page_bytes = gauge("loraplex_worker_page_bytes", "Size of a page of the pool")
-        self._evictable = gauge("loraplex_worker_evictable_pages", "Pages that cold adapters and prefixes would yield")
-        self._resident = gauge("loraplex_adapter_resident_count", "Adapters by tier", ("tier",))
-        self._resident_bytes = gauge("loraplex_adapter_resident_bytes", "Bytes of adapters by tier", ("tier",))
-        self._reloads = counter(
-            "loraplex_adapter_reloads_within_60s", "Loads of adapters that were evicted less than a minute before"
-        )
-        self._prefix_queries = counter(
-            "loraplex_worker_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache"
-        )
-        self._prefix_hits = counter("loraplex_worker_prefix_cache_hit_tokens", "Prompt tokens found there")
-        self._parts = counter("loraplex_worker_step_part_seconds", "Where the time of the steps went", ("part",))
-        self._preemptions = counter("loraplex_worker_preemptions", "Sequences that gave their pages back")
-        self._tokens = counter("loraplex_worker_step_tokens", "Tokens computed", ("phase",))
-        self._finished = counter("loraplex_worker_finish", "Outputs that ended", ("reason",))
-        self._last_step = gauge("loraplex_worker_last_step_timestamp_seconds", "When the last step ended")
-        self._loads = counter("loraplex_adapter_loads", "Adapters copied to a tier", ("from_tier", "to_tier"))
-        self._evictions = counter("loraplex_adapter_evictions", "Adapters whose pages were taken", ("tier",))
-        self._failures = counter("loraplex_adapter_load_failures", "Adapters that did not arrive", ("reason",))
-        self._restarts = counter("loraplex_worker_engine_restarts", "Engine processes started after the first")
-        self._batch_size = Histogram(
-            "loraplex_worker_batch_size", "Sequences in a forward batch", buckets=_BATCH_BUCKETS, registry=registry
-        )
-        self._distinct = Histogram(
-            "loraplex_worker_batch_distinct_adapters",
-            "Distinct adapters in a forward batch; the base model counts as one",
-            buckets=_DISTINCT_BUCKETS,
-            registry=registry,
-        )
-        self._step_seconds = Histogram(
-            "loraplex_worker_step_seconds",
-            "Seconds of a step, without waiting",
-            ("phase",),
-            buckets=_STEP_BUCKETS,
-            registry=registry,
-        )
-        self._fetch_seconds = Histogram(
-            "loraplex_adapter_fetch_seconds",
-            "Seconds from asking the store to having the adapter in the host tier",
-            buckets=_LOAD_BUCKETS,
-            registry=registry,
-        )
-        self._load_seconds = Histogram(
-            "loraplex_adapter_load_seconds",
-            "Seconds of a copy from the host tier into pages, by the adapter's largest rank",
-            ("rank_bucket",),
-            buckets=_COPY_BUCKETS,
-            registry=registry,
-        )
+        make = Instruments(registry)
+        self._make_pool(make)
+        self._make_steps(make)
+        self._make_adapters(make)
         self._seen_loads = 0
         self._seen_evictions = 0
         self._residency = Residency()
+
+    def _make_pool(self, make: Instruments) -> None:
+        self._pages = make.gauge("loraplex_worker_pages", "Pages of the pool by what they hold", ("kind",))
+        self._kv_usage = make.gauge("loraplex_worker_kv_cache_usage_ratio", "Share of the pool that holds KV")
+        self._page_bytes = make.gauge("loraplex_worker_page_bytes", "Size of a page of the pool")
+        self._evictable = make.gauge(
+            "loraplex_worker_evictable_pages", "Pages that cold adapters and prefixes would yield"
+        )
+        self._prefix_queries = make.counter(
+            "loraplex_worker_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache"
+        )
+        self._prefix_hits = make.counter("loraplex_worker_prefix_cache_hit_tokens", "Prompt tokens found there")
+
+    def _make_steps(self, make: Instruments) -> None:
+        self._model = make.gauge("loraplex_worker_info", "1, with the model that is served", ("model", "dtype"))
+        self._running = make.gauge("loraplex_worker_running_requests", "Sequences that hold pages")
+        self._waiting = make.gauge("loraplex_worker_waiting_requests", "Sequences in the local queue")
+        self._parts = make.counter("loraplex_worker_step_part_seconds", "Where the time of the steps went", ("part",))
+        self._preemptions = make.counter("loraplex_worker_preemptions", "Sequences that gave their pages back")
+        self._tokens = make.counter("loraplex_worker_step_tokens", "Tokens computed", ("phase",))
+        self._finished = make.counter("loraplex_worker_finish", "Outputs that ended", ("reason",))
+        self._last_step = make.gauge("loraplex_worker_last_step_timestamp_seconds", "When the last step ended")
+        self._restarts = make.counter("loraplex_worker_engine_restarts", "Engine processes started after the first")
+        self._batch_size = make.histogram("loraplex_worker_batch_size", "Sequences in a forward batch", _BATCH_BUCKETS)
+        self._distinct = make.histogram(
+            "loraplex_worker_batch_distinct_adapters",
+            "Distinct adapters in a forward batch; the base model counts as one",
+            _DISTINCT_BUCKETS,
+        )
+        self._step_seconds = make.histogram(
+            "loraplex_worker_step_seconds", "Seconds of a step, without waiting", _STEP_BUCKETS, ("phase",)
+        )
+
+    def _make_adapters(self, make: Instruments) -> None:
+        self._resident = make.gauge("loraplex_adapter_resident_count", "Adapters by tier", ("tier",))
+        self._resident_bytes = make.gauge("loraplex_adapter_resident_bytes", "Bytes of adapters by tier", ("tier",))
+        self._reloads = make.counter(
+            "loraplex_adapter_reloads_within_60s", "Loads of adapters that were evicted less than a minute before"
+        )
+        self._loads = make.counter("loraplex_adapter_loads", "Adapters copied to a tier", ("from_tier", "to_tier"))
+        self._evictions = make.counter("loraplex_adapter_evictions", "Adapters whose pages were taken", ("tier",))
+        self._failures = make.counter("loraplex_adapter_load_failures", "Adapters that did not arrive", ("reason",))
+        self._fetch_seconds = make.histogram(
+            "loraplex_adapter_fetch_seconds",
+            "Seconds from asking the store to having the adapter in the host tier",
+            _LOAD_BUCKETS,
+        )
+        self._load_seconds = make.histogram(
+            "loraplex_adapter_load_seconds",
+            "Seconds of a copy from the host tier into pages, by the adapter's largest rank",
+            _COPY_BUCKETS,
+            ("rank_bucket",),
+        )
         for tiers in (("store", "host"), ("host", "pages")):
             self._loads.labels(*tiers)
         self._evictions.labels("pages")

@@ -14,8 +14,8 @@ from tests.checkout import read, tree_files
 
 DOC = read("docs/api.md")
 PACKAGES = ("adapter_store", "common", "gateway", "gpu_worker", "loraplex", "scheduler")
-# Names of environment variables look like reasons and are none.
-REASON = re.compile(r"(?!LORAPLEX_|GRPC_)[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
+# Names of environment variables look like reasons and are none; a single letter is a type code.
+REASON = re.compile(r"(?!LORAPLEX_|GRPC_)[A-Z][A-Z0-9]+(_[A-Z0-9]+)*")
 # Made of a peer's name in common/errors.py.
 COMPOSED = {"ADAPTER_STORE_UNAVAILABLE", "SCHEDULER_UNAVAILABLE"}
 

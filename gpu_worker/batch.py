@@ -1,7 +1,9 @@
 """The input of one forward pass."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
@@ -35,3 +37,13 @@ class ForwardBatch:
     kv_pages: Tensor
     # no sequence has more than one token
     decode_only: bool = False
+
+
+class Forward(Protocol):
+    """What runs a batch: a decoder, or what stands before one on a GPU."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits `[num_logits, vocab]` float32."""

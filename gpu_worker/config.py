@@ -17,6 +17,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_share(text: str) -> float | None:
+    """`90%` -> 0.9; None when `text` is not a share. Raises ValueError when it is one outside of 1 % to 100 %."""
+    if not text.strip().endswith("%"):
+        return None
+    percent = float(text.strip()[:-1])
+    if not 1 <= percent <= 100:
+        raise ValueError(f"{text!r} is not a share of memory; write 1% to 100%")
+    return percent / 100
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Options of the engine process of a worker."""
@@ -25,7 +35,13 @@ class EngineConfig:
     model_name: str = option("", help="name clients see for the base model; default: the folder's name")
     device: str = option("cpu", help="where the model runs", choices=("cpu", "cuda"))
     dtype: str = option("auto", help="dtype of weights and KV", choices=("auto", "float32", "bfloat16"))
-    memory: str = option("512MiB", help="bytes of the page pool, for KV and adapters together")
+    memory: str = option(
+        "512MiB",
+        help="bytes of the page pool, for KV and adapters together; on a GPU also a share of what is free, as in 90%%",
+    )
+    deterministic: bool = option(
+        False, help="on a GPU: the same bits for a token whoever shares its batch, slower; on a CPU it is always so"
+    )
     host_memory: str = option("2GiB", help="bytes of adapters at hand for the pool: mapped files, or pinned on CUDA")
     page_size: int = option(16, help="tokens of KV in a page")
     max_step_tokens: int = option(512, help="most tokens that one step computes; longer prompts run in chunks")
@@ -40,8 +56,11 @@ class EngineConfig:
             )
         if self.page_size < 1:
             raise ValueError(f"page_size is {self.page_size}; it must be at least 1")
-        parse_bytes(self.memory)
         parse_bytes(self.host_memory)
+        if parse_share(self.memory) is None:
+            parse_bytes(self.memory)
+        elif self.device != "cuda":
+            raise ValueError(f"memory is {self.memory}; a share needs --device cuda: write for instance 2GiB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,4 +88,10 @@ class WorkerConfig(EngineConfig, ServiceConfig):
 def engine_arguments(config: EngineConfig) -> list[str]:
     """The command line that gives an engine process the engine options of `config`."""
     # One word each: a value may begin with a dash.
-    return [f"--{spec.name.replace('_', '-')}={getattr(config, spec.name)}" for spec in fields(EngineConfig)]
+    return [_argument(spec.name.replace("_", "-"), getattr(config, spec.name)) for spec in fields(EngineConfig)]
+
+
+def _argument(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"

@@ -18,8 +18,9 @@ from common.errors import FailedPrecondition, Internal, LoraplexError, to_proto
 from common.logs import set_up_logs
 from common.version import PROTOCOL_VERSION
 from common.wire import dtype_to_proto
+from gpu_worker.batch import Forward
 from gpu_worker.commands import Arrival
-from gpu_worker.config import EngineConfig, parse_bytes
+from gpu_worker.config import EngineConfig, parse_bytes, parse_share
 from gpu_worker.engine import Engine, EngineLimits
 from gpu_worker.frames import encode, read_command
 from gpu_worker.host_storage import HostStorage, MappedFiles, PinnedArena
@@ -29,7 +30,7 @@ from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner
-from gpu_worker.models import load_model
+from gpu_worker.models import Decoder, load_model
 from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
@@ -55,19 +56,19 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     sizes = model.config.geometry
     element_bytes = torch.empty(0, dtype=model.dtype).element_size()
     geometry = PageGeometry(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, element_bytes, config.page_size)
-    num_pages = parse_bytes(config.memory) // geometry.page_bytes
+    num_pages = _pool_bytes(config, model, geometry) // geometry.page_bytes
     if num_pages < 2:
         raise ValueError(
             f"memory is {config.memory}; one page of {config.page_size} tokens takes {geometry.page_bytes} bytes "
             "and at least two are needed"
         )
     memory = MemoryManager(geometry, num_pages)
-    pool = PagePool(geometry, num_pages, config.device)
+    pool, forward = _place(config, model, geometry, num_pages)
     eos = base_model.eos_token_ids(config.model, hf_config)
     limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, sizes.vocab_size, eos)
     host_bytes = parse_bytes(config.host_memory)
     host = HostTier(geometry, num_pages, sizes.module_shapes, _storage(config, geometry, host_bytes), host_bytes)
-    engine = Engine(ModelRunner(model, memory, pool, config.device), memory, Loader(pool, inbox.put), host, limits)
+    engine = Engine(ModelRunner(forward, memory, pool, "cpu"), memory, Loader(pool, inbox.put), host, limits)
     engine.warm_up()
     dtype = dtype_to_proto(str(model.dtype).removeprefix("torch."))
     return engine, engine_pb2.EngineReady(
@@ -85,6 +86,26 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
 
 def _storage(config: EngineConfig, geometry: PageGeometry, limit_bytes: int) -> HostStorage:
     return PinnedArena(geometry, limit_bytes, pinned=True) if config.device == "cuda" else MappedFiles()
+
+
+def _pool_bytes(config: EngineConfig, model: Decoder, geometry: PageGeometry) -> int:
+    share = parse_share(config.memory)
+    if share is None:
+        return parse_bytes(config.memory)
+    from gpu_worker.cuda.place import profiled_pool_bytes
+
+    return profiled_pool_bytes(model, geometry, share, config.max_step_tokens, config.max_sequences)
+
+
+def _place(config: EngineConfig, model: Decoder, geometry: PageGeometry, num_pages: int) -> tuple[PagePool, Forward]:
+    """The pool, and what runs batches whose indices are on the CPU."""
+    if config.device == "cpu":
+        return PagePool(geometry, num_pages, "cpu"), model
+    from gpu_worker.cuda.place import place
+    from kernels.gpu.tiles import set_deterministic
+
+    set_deterministic(config.deterministic)
+    return place(model, geometry, num_pages, config.max_sequences)
 
 
 def _identity(

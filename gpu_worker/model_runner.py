@@ -8,12 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.batch import ForwardBatch
+from gpu_worker.batch import Forward, ForwardBatch
 from gpu_worker.batching import Chunk
 from gpu_worker.memory.adapter_cache import ResidentAdapter
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
-from gpu_worker.models.decoder import Decoder
 from gpu_worker.sampler import Draw, sample, token_logprobs
 from gpu_worker.sequence import TokenLogprobs
 from kernels.adapters import ADAPTER_DTYPES, AdapterTables, Segments
@@ -38,9 +37,9 @@ class StepOutput:
 
 
 class ModelRunner:
-    """Runs one batch at a time on one device."""
+    """Runs one batch at a time; `device` is where `model` wants the indices of a batch."""
 
-    def __init__(self, model: Decoder, memory: MemoryManager, pool: PagePool, device: str) -> None:
+    def __init__(self, model: Forward, memory: MemoryManager, pool: PagePool, device: str) -> None:
         self._model = model
         self._memory = memory
         self._pool = pool

@@ -55,14 +55,17 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def use_triton(op: str, tensor: Tensor) -> bool:
-    """True = run the Triton kernel; `tensor` says where the operation's tensors are."""
+def use_triton(op: str, tensor: Tensor, *, by_default: bool = True) -> bool:
+    """True = run the Triton kernel; `tensor` says where the operation's tensors are.
+
+    by_default: it is this operation's first choice on a GPU, and not only when forced.
+    """
     if _forced == TRITON:
         if not _has_triton():
             raise RuntimeError(f"the Triton kernel of {op} is forced and triton is not installed")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"the Triton kernel of {op} is forced and its tensors are on {tensor.device}")
-    elif _forced or not tensor.is_cuda or not _has_triton():
+    elif _forced or not by_default or not tensor.is_cuda or not _has_triton():
         return False
     calls[op, TRITON] += 1
     return True

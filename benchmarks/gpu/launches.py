@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks.gpu.shapes import MAX_CONTEXT, PAGE_SIZE, QKV, ModelShape, StepShape
 from kernels.adapters import AdapterTables, Segments
 from kernels.gpu.launch import Launch
+from kernels.linear import triton as linear
 from kernels.lora_expand import triton as lora_expand
 from kernels.lora_shrink import triton as lora_shrink
 from kernels.paged_attention import triton as paged_attention
@@ -47,6 +48,7 @@ def layer_launches(model: ModelShape, step: StepShape) -> Iterator[Launch]:
     tables = _tables(model, step, pages[0].numel() * pages.itemsize)
     segments = Segments(_int32(runs + 1), _int32(runs))
     yield from rms_norm.launches(x, _empty(model.hidden), 1e-5, x)[2]
+    yield from linear.launches(x, _empty(sum(model.qkv), model.hidden), None)[1]
     shrunk, work = lora_shrink.launches(x, tables, segments, LAYER, QKV)
     yield from work
     fused = _empty(tokens, sum(model.qkv))

@@ -86,6 +86,10 @@ def set_deterministic(on: bool) -> None:
     _deterministic = on
 
 
+def is_deterministic() -> bool:
+    return _deterministic
+
+
 def token_class(num_tokens: int) -> str:
     return DECODE if _deterministic or num_tokens <= DECODE_TOKENS else PREFILL
 

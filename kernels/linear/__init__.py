@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.gpu import tiles
 from kernels.linear import cpu
 from kernels.linear.packed import PackedWeight, pack
 from kernels.linear.reference import linear_reference
@@ -38,6 +39,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     `[out_features]`. Returns `[num_tokens, out_features]` in x's dtype; the compiled kernel sums in float32 and rounds
     once.
     """
+    if dispatch.use_triton("linear", x, by_default=tiles.is_deterministic()):
+        from kernels.linear.triton import linear_triton
+
+        return linear_triton(x, as_rows(weight), bias)
     supported = isinstance(weight, PackedWeight) and cpu.supports(x, weight, bias)
     if dispatch.use_cpu("linear", supported) and isinstance(weight, PackedWeight):
         return cpu.linear_cpu(x, weight, bias)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.gpu import tiles
+from kernels.linear import linear
 from kernels.lora_shrink import lora_shrink
 from kernels.paged_attention import paged_attention
 from kernels.store_kv import store_kv
-from tests.kernels import test_lora_expand, test_lora_shrink, test_paged_attention
+from tests.kernels import test_linear, test_lora_expand, test_lora_shrink, test_paged_attention
 from tests.kernels.adapter_pool import build_segments, build_tables
 from tests.kernels.kv_pool import scatter
 
@@ -71,6 +72,21 @@ def test_an_expand_in_other_tiles(rank_block: int, generator: torch.Generator) -
     with tiles.force("lora_expand", tiles.DECODE, EXPAND | {"BLOCK_R": rank_block}):
         segments = build_segments([17, 3], [0, 1])
         test_lora_expand.assert_expands(adapters, tables, segments, 0, test_lora_expand.QKV, generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("rows", "in_features", "out_features"), [(1, 63, 37), (7, 100, 192), (67, 64, 1)], ids=str)
+def test_the_product_of_deterministic(
+    rows: int, in_features: int, out_features: int, has_bias: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(rows, in_features, generator=generator).to(dtype)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    bias = torch.randn(out_features, generator=generator).to(dtype) if has_bias else None
+    values, bounds = test_linear.expected(x, weight, bias)
+    out = linear(x, weight, bias)
+    assert out.dtype == dtype
+    assert ((out - values).abs() <= bounds + torch.finfo(dtype).eps / 2 * values.abs()).all()
 
 
 @pytest.mark.usefixtures("small_chunks")

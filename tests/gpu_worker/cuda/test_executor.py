@@ -78,7 +78,7 @@ def tables_of(library: AdapterTables, ranks: tuple[int, ...]) -> AdapterTables:
     rows = torch.tensor([RANKS.index(rank) for rank in ranks])
     pages = int((library.page_table[rows] < len(library.pool)).sum(dim=1).max())
     cells = library.start_unit[rows], library.lora_rank[rows], library.scaling[rows], library.dtype[rows]
-    return AdapterTables(library.pool, library.page_table[rows][:, :pages], *cells, max(ranks))
+    return AdapterTables(library.pool, library.page_table[rows][:, :pages].contiguous(), *cells, max(ranks))
 
 
 def batch_of(owners: list[int], kv_pages: Tensor, tables: AdapterTables | None, seed: int = 8) -> ForwardBatch:

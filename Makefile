@@ -14,11 +14,13 @@ IN_TEST := not slow and not gpu and not deploy and not triton and not aot
 STUBS := loraplex/v1/types_pb2.py
 BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
+CHART := .venv-chart/.installed
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
+.PHONY: test-dashboards test-chart images
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +77,15 @@ $(NODE_EXAMPLE): examples/node/package.json
 
 test-rules: install ## Check the alert rules and that each fires and resolves (needs promtool and amtool)
 	$(BIN)/pytest -m deploy tests/rules $(ARGS)
+
+test-dashboards: install stubs $(CHART) ## Ask a real Prometheus for every panel of a fleet under traffic (needs prometheus)
+	.venv-chart/bin/python -m pytest -m deploy tests/dashboards $(ARGS)
+
+$(CHART): deploy/requirements.txt deploy/layer.py | $(INSTALLED)
+	$(PYTHON) -m venv .venv-chart
+	.venv-chart/bin/python deploy/layer.py .venv
+	.venv-chart/bin/pip install -c constraints.txt -r deploy/requirements.txt
+	touch $@
 
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600

@@ -45,6 +45,8 @@ class RedisMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.up = Gauge("loraplex_redis_up", "1 while Redis answers", registry=registry)
         self.errors = Counter("loraplex_redis_errors", "Failed calls of Redis by kind", ("error",), registry=registry)
+        for error in ("ConnectionError", "TimeoutError"):
+            self.errors.labels(error)
         age = Gauge("loraplex_store_index_age_seconds", "Time since the index was up to Redis", registry=registry)
         age.set_function(lambda: time.monotonic() - self._synced)
         self._synced = time.monotonic()

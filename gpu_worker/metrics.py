@@ -102,6 +102,7 @@ class WorkerMetrics:
         for tiers in (("store", "host"), ("host", "pages")):
             self._loads.labels(*tiers)
         self._evictions.labels("pages")
+        self._failures.labels("adapter_corrupt")
 
     def serves(self, ready: engine_pb2.EngineReady) -> None:
         """The first engine is ready."""

@@ -66,6 +66,8 @@ class SchedulerMetrics:
         )
         for reason_ in NonsenseError.REASONS:
             self._fenced.labels(reason_)
+        for code in ("DEADLINE_EXCEEDED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+            self._refused.labels(code)
         for how in ("exit", "deregistered"):
             self._lost.labels(how)
         for reason in Reason:

@@ -1,0 +1,89 @@
+"""A fleet of two workers under traffic, with Redis, and a Prometheus that has seen all of it."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from examples.demo_model.words import SKILLS, prompt_for
+from loraplex import AsyncClient, Client, LoraplexError
+from loraplex.fleet import Fleet, FleetOptions
+from tests.adapter_store.redis_server import RedisServer
+from tests.checkout import ROOT
+from tests.dashboards.prometheus import Prometheus, scraping
+
+DEMO = ROOT / "examples" / "demo_model"
+_JOBS = {"adapter_store": "adapter-store", "scheduler": "scheduler", "gateway": "gateway"}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the tests ask, and the Unix times between which there was traffic."""
+
+    prometheus: Prometheus
+    start: float
+    end: float
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("scene")
+    redis = RedisServer(folder / "redis")
+    redis.start()
+    options = FleetOptions(
+        model=DEMO / "base",
+        model_name="loraplex-demo",
+        data_dir=folder / "fleet",
+        workers=2,
+        # Not enough for six adapters and the KV of a crowd: adapters come and go.
+        memory="3MiB",
+        extra={"adapter_store": ["--redis", redis.url], "gpu_worker": ["--max-sequences", "16"]},
+    )
+    try:
+        with Fleet(options) as fleet, scraping(_made(folder / "prometheus"), _targets(fleet)) as prometheus:
+            start = time.time()
+            _make_traffic(fleet.gateway.address, prometheus)
+            yield Scene(prometheus, start, time.time())
+    finally:
+        redis.stop()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _targets(fleet: Fleet) -> dict[str, list[str]]:
+    targets = {job: [fleet.services[name].metrics_address] for name, job in _JOBS.items()}
+    return {**targets, "worker": [worker.metrics_address for worker in fleet.workers]}
+
+
+def _make_traffic(gateway: str, prometheus: Prometheus) -> None:
+    """Adapters arrive one after the other, so that a scrape sees their counters before they grow again."""
+    names = sorted(SKILLS)
+    with Client(gateway) as client:
+        for number, name in enumerate(names, 1):
+            client.adapters.push(name, DEMO / "adapters" / name)
+            prometheus.until(f"loraplex_store_adapters >= {number}")
+            asyncio.run(_crowd(gateway, ["", *names[:number]], requests=8 * number))
+            prometheus.until('sum(loraplex_adapter_loads_total{to_tier="pages"}) > 0')
+    asyncio.run(_crowd(gateway, ["", *names], requests=96))
+    for record in ("request_error_ratio:rate5m", "warm_first_token_slow_ratio:rate30m"):
+        prometheus.until(f"loraplex:{record}")
+
+
+async def _crowd(gateway: str, adapters: list[str], requests: int) -> None:
+    """Many requests at once, one of them for an adapter that does not exist."""
+    async with AsyncClient(gateway) as client:
+        calls = [
+            client.generate(
+                prompt_for("streams"), adapters[number % len(adapters)], max_tokens=24, ignore_eos=True, timeout=100.0
+            )
+            for number in range(requests)
+        ]
+        with pytest.raises(LoraplexError):
+            await client.generate("x", "nobody", timeout=100.0)
+        await asyncio.gather(*calls)

@@ -1,0 +1,37 @@
+"""The dashboards in the tree are those their generator writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+def test_the_file_is_what_the_generator_writes(dashboard: Dashboard) -> None:
+    assert path_of(dashboard).read_text(encoding="utf-8") == to_json(dashboard)
+
+
+def test_there_is_no_other_dashboard() -> None:
+    assert set(FOLDER.glob("*.json")) == {path_of(dashboard) for dashboard in DASHBOARDS}
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+def test_panels_do_not_overlap(dashboard: Dashboard) -> None:
+    places = [panel["gridPos"] for panel in json.loads(to_json(dashboard))["panels"]]
+    cells = [(place["x"] + x, place["y"] + y) for place in places for x in range(place["w"]) for y in range(place["h"])]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+
+
+def test_no_expression_names_a_machine_or_a_scrape_interval() -> None:
+    for dashboard in DASHBOARDS:
+        for panel in dashboard.panels:
+            for expression in panel.queries.values():
+                assert "127.0.0.1" not in expression
+                assert "rate(" not in expression or "[$__rate_interval]" in expression
+
+
+def test_the_folder_is_beside_its_generator() -> None:
+    assert Path("deploy/grafana") == FOLDER.relative_to(FOLDER.parents[1])

@@ -28,6 +28,8 @@ _COUNTED_AS = {
     scheduler_pb2.ABORT_CAUSE_SLOW_READER: "slow_reader",
 }
 
+MAX_REVOKED = 256
+
 
 class CommandLog:
     """Each (scheduler_epoch, seq) is applied in order and exactly once."""
@@ -83,6 +85,8 @@ class CommandProcessor:
         self._eos_token_ids = eos_token_ids
         self._max_context_tokens = max_context_tokens
         self._vocab_size = vocab_size
+        # Attempts given back lately: the report of it may get lost with a stream.
+        self._revoked: dict[str, scheduler_pb2.RequestProgress] = {}
 
     def apply(self, arrivals: Iterable[Arrival], last_step: int) -> list[engine_pb2.EngineEvent]:
         """Applies `arrivals` in order and returns the answers that cannot wait for the step's report.
@@ -111,8 +115,8 @@ class CommandProcessor:
             elif kind == "memory":
                 events.append(engine_pb2.EngineEvent(memory=self._memory_reply(arrival.memory)))
             elif kind == "take_snapshot":
-                self.log.restart()
                 events.append(engine_pb2.EngineEvent(snapshot=self._snapshot()))
+                self.log.restart()
         return events
 
     def _apply_command(self, command: scheduler_pb2.Command) -> None:
@@ -142,6 +146,7 @@ class CommandProcessor:
     def _offer(self, offer: scheduler_pb2.Offer) -> None:
         if self._outputs(offer.request.key):
             return
+        self._revoked.pop(attempt_id(offer.request.key), None)
         outputs = to_sequences(offer, self._eos_token_ids)
         first = outputs[0]
         first.timings.offered = time.monotonic()
@@ -209,6 +214,11 @@ class CommandProcessor:
             for sequence in outputs:
                 self._batcher.remove(sequence, self._last_step)
             self._outbox.revoked(outputs[0])
+            progress = to_progress(outputs[0])
+            progress.state = scheduler_pb2.REQUEST_STATE_REVOKED
+            self._revoked[attempt_id(key)] = progress
+            if len(self._revoked) > MAX_REVOKED:
+                del self._revoked[next(iter(self._revoked))]
         else:
             self._outbox.changed(outputs[0])
 
@@ -254,7 +264,9 @@ class CommandProcessor:
 
     def _snapshot(self) -> engine_pb2.EngineSnapshot:
         return engine_pb2.EngineSnapshot(
-            in_flight=list({s.attempt_id: to_progress(s) for s in self._batcher}.values()),
+            in_flight=[*{s.attempt_id: to_progress(s) for s in self._batcher}.values(), *self._revoked.values()],
+            scheduler_epoch=self.log.scheduler_epoch,
+            applied_seq=self.log.applied_seq,
             resident=self._tiers.snapshot(),
             memory=self._tiers.usage(),
         )

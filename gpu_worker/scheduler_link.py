@@ -158,6 +158,8 @@ class SchedulerLink:
             in_flight=snapshot.in_flight,
             resident=snapshot.resident,
             memory=snapshot.memory,
+            scheduler_epoch=snapshot.scheduler_epoch,
+            applied_seq=snapshot.applied_seq,
         )
 
     def _take_snapshot(self, snapshot: engine_pb2.EngineSnapshot) -> None:

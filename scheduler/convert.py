@@ -105,6 +105,8 @@ def to_hello(hello: scheduler_pb2.WorkerHello) -> Hello:
         identity=_to_identity(hello.model),
         in_flight=tuple(_to_progress(hello.in_flight)),
         resident=tuple(_to_residency(adapter) for adapter in hello.resident),
+        scheduler_epoch=hello.scheduler_epoch,
+        applied_seq=hello.applied_seq,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from scheduler.core.model import Key, Progress, Request, RequestState
+from scheduler.core.model import Ending, Key, Progress, Request, RequestState
 from scheduler.core.requests import RequestTable
 from scheduler.core.worker import Worker
 
@@ -16,7 +16,7 @@ class Fate(Enum):
     ADOPT = auto()
     # Another worker has it, or a newer attempt exists: it must end here.
     ABORT = auto()
-    # The worker never heard of it: it waits again.
+    # The worker never heard of it, or gave it back: it waits again.
     QUEUE = auto()
     # It has ended meanwhile.
     FORGET = auto()
@@ -44,6 +44,9 @@ def judge(in_flight: tuple[Progress, ...], previous: Worker | None, requests: Re
 
 
 def _judge_present(progress: Progress, before: Request | None, requests: RequestTable) -> Verdict:
+    if progress.state is Ending.REVOKED:
+        fate = Fate.QUEUE if before is not None and not before.aborted else Fate.FORGET
+        return Verdict(fate, progress.key, before, progress)
     if not isinstance(progress.state, RequestState):
         return Verdict(Fate.FORGET, progress.key, before, progress)
     if before is not None:

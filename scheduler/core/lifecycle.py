@@ -243,7 +243,11 @@ class Lifecycle:
         self._end(request, "lost", now, None, request.worker_id)
 
     def requeue(self, request: Request) -> None:
-        """It was offered to a worker that never heard of it."""
+        """It was offered to a worker that never heard of it, or gave it back."""
+        if request.payload is None:
+            # Placed by a scheduler before this one: there is nothing to offer again.
+            self._end(request, "lost", request.arrived, None, request.worker_id)
+            return
         self.enqueue(request)
         self.policy.ended(request, returned=True)
 

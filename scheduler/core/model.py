@@ -255,6 +255,9 @@ class Hello:
     identity: Identity
     in_flight: tuple[Progress, ...] = ()
     resident: tuple[Residency, ...] = ()
+    # Epoch and number of the last command it applied, of whichever registration.
+    scheduler_epoch: int = 0
+    applied_seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)

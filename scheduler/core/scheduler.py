@@ -111,6 +111,8 @@ class Scheduler:
         """
         worker, previous = self.fleet.register(hello, now)
         self._intakes[worker.worker_id] = Intake(worker)
+        if previous is not None:
+            previous.acknowledge(hello.scheduler_epoch, hello.applied_seq)
         for verdict in judge(hello.in_flight, previous, self.requests):
             self._carry_out(verdict, worker, now)
         self.life.open_line(worker)

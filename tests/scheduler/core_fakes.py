@@ -53,9 +53,10 @@ def make_hello(
     in_flight: tuple[Progress, ...] = (),
     resident: tuple[Residency, ...] = (),
     identity: Identity = IDENTITY,
+    applied: tuple[int, int] = (0, 0),
 ) -> Hello:
     capacity = Capacity(num_pages=num_pages, page_bytes=50, page_size=4, max_sequences=max_sequences)
-    return Hello(worker_id, capacity, identity, in_flight, resident)
+    return Hello(worker_id, capacity, identity, in_flight, resident, *applied)
 
 
 def make_scheduler(**settings: Any) -> Scheduler:
@@ -135,6 +136,8 @@ class SimulatedWorker:
     applied_seq: int = 0
     sequences: dict[Key, Sequence] = field(default_factory=dict)
     inbox: list[tuple[int, Command]] = field(default_factory=list)
+    num_reports: int = 0
+    revoked: dict[Key, Progress] = field(default_factory=dict)
     loads: list[str] = field(default_factory=list)
     hints: list[Prefetch | StepBudget] = field(default_factory=list)
     preemptions: int = 0
@@ -144,11 +147,12 @@ class SimulatedWorker:
     _changes: int = 0
 
     def hello(self) -> Hello:
-        """Everything it holds; what it had not reported yet is in it."""
+        """Everything it holds or gave back; what it had not reported yet is in it."""
         self.inbox.clear()
+        self.num_reports = 0
         self._progress.clear()
         self._residency.clear()
-        in_flight = tuple(self._state(sequence) for sequence in self.sequences.values())
+        in_flight = (*(self._state(sequence) for sequence in self.sequences.values()), *self.revoked.values())
         resident = tuple(Residency(adapter, Tier.PAGES, 2) for adapter in sorted(self._resident))
         return make_hello(
             self.worker_id,
@@ -156,14 +160,18 @@ class SimulatedWorker:
             max_sequences=self.max_sequences,
             in_flight=in_flight,
             resident=resident,
+            applied=(self.epoch, self.applied_seq),
         )
 
     def apply_inbox(self) -> None:
         """Applies what has arrived. Fails unless the numbers have no gap."""
         for epoch, command in self.inbox:
             if epoch != self.epoch:
-                assert epoch > self.epoch
+                if epoch < self.epoch:
+                    continue
                 self.epoch, self.applied_seq = epoch, 0
+            if command.seq <= self.applied_seq:
+                continue
             assert command.seq == self.applied_seq + 1
             self.applied_seq = command.seq
             self._apply(command)
@@ -216,7 +224,14 @@ class SimulatedWorker:
         return waiting[-1].request.key
 
     def report(self) -> Report:
-        report = Report(self.epoch, self.applied_seq, tuple(self._progress), tuple(self._residency))
+        self.num_reports += 1
+        report = Report(
+            self.epoch,
+            self.applied_seq,
+            tuple(self._progress),
+            tuple(self._residency),
+            number=self.num_reports,
+        )
         self._progress.clear()
         self._residency.clear()
         return report
@@ -224,6 +239,7 @@ class SimulatedWorker:
     def _offer(self, offer: Offer) -> None:
         request = offer.request
         assert request.key not in self.sequences
+        self.revoked.pop(request.key, None)
         length = max(1, round(self.length_ratio * request.max_tokens))
         sequence = Sequence(request, offer.order_key, length)
         self.sequences[request.key] = sequence
@@ -260,9 +276,10 @@ class SimulatedWorker:
         del self.sequences[sequence.request.key]
         complete = ending is Ending.FINISHED and sequence.generated >= sequence.length
         request = sequence.request
-        self._progress.append(
-            Progress(request.key, ending, request.adapter, sequence.tokens, sequence.generated, complete)
-        )
+        progress = Progress(request.key, ending, request.adapter, sequence.tokens, sequence.generated, complete)
+        self._progress.append(progress)
+        if ending is Ending.REVOKED:
+            self.revoked[request.key] = progress
 
     def _state(self, sequence: Sequence) -> Progress:
         request = sequence.request

@@ -1,11 +1,16 @@
-"""Random histories: nothing is lost, nothing runs twice, order is kept, pools are not over-committed."""
+"""Random histories: nothing is lost, nothing runs twice, keys never grow, pools are not over-committed.
+
+Reports are dropped, delayed, and come in another order, up to ten of them; commands are delivered again; streams break
+and epochs change; workers, gateways and requests come and go.
+"""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from scheduler.core.commands import Decisions, Offer, Placed, Refused
-from scheduler.core.model import Ending, Key
+from scheduler.core.commands import Command, Decisions, Offer, Placed, Refused
+from scheduler.core.intake import MAX_REPORTS_AHEAD, ReportGapError
+from scheduler.core.model import Ending, Key, Report
 from scheduler.core.scheduler import Scheduler
 from scheduler.core.settings import Settings
 from tests.scheduler.core_fakes import EPOCH, SimulatedWorker, estimated_pages, make_request
@@ -45,8 +50,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         # What the scheduler gave to a worker and has no reason to think ended.
         self.live: dict[Key, str] = {}
         self.order_keys: dict[Key, int] = {}
-        # Attempts whose end nobody could tell the scheduler, a stream being broken; only these may run once more.
+        # Attempts whose end nobody could tell the scheduler, their worker having died; only these may run once more.
         self.untold: set[Key] = set()
+        # Worker -> reports on their way, and the commands that were delivered last.
+        self.wire: dict[str, list[Report]] = {worker_id: [] for worker_id in WORKERS}
+        # Attempts whose end was in a report that was dropped, and the worker has not registered again since.
+        self.dropped: dict[str, set[Key]] = {}
+        self.delivered: dict[str, list[tuple[int, Command]]] = {worker_id: [] for worker_id in WORKERS}
 
     @initialize(num_workers=st.integers(0, 2), recover=st.booleans())
     def begin(self, num_workers: int, recover: bool) -> None:
@@ -144,9 +154,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(worker_id=worker_ids)
     def break_stream(self, worker_id: str) -> None:
         if worker_id in self.registered:
-            self.registered.remove(worker_id)
-            self.scheduler.worker_lost(worker_id, self.now)
+            self._lose_worker(worker_id)
             self._pump()
+
+    @rule(worker_id=worker_ids)
+    def replay_commands(self, worker_id: str) -> None:
+        """Whatever was applied before is void."""
+        if worker_id in self.workers:
+            self.workers[worker_id].inbox += self.delivered[worker_id]
 
     @rule(worker_id=worker_ids)
     def register_again(self, worker_id: str) -> None:
@@ -159,10 +174,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Gateways see it at once, and try again or give up."""
         if worker_id not in self.workers:
             return
-        self._lose_reports(self.workers.pop(worker_id))
+        dead = self.workers.pop(worker_id)
+        for report in (*self.wire[worker_id], dead.report()):
+            self.untold |= {progress.key for progress in report.progress if progress.state is Ending.FINISHED}
+        self.untold |= self.dropped.pop(worker_id, set())
+        self.delivered[worker_id].clear()
         if worker_id in self.registered:
-            self.registered.remove(worker_id)
-            self.scheduler.worker_lost(worker_id, self.now)
+            self._lose_worker(worker_id)
         for key in [key for key in self._open() if self.placed.get(key) == worker_id]:
             gateway_id = self.gateway_of[key]
             self._end(key, "worker lost")
@@ -175,12 +193,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.untold.add(key)
         self._pump()
 
-    @rule(worker_id=worker_ids, steps=st.integers(1, 8), report=st.booleans())
-    def work(self, worker_id: str, steps: int, report: bool) -> None:
+    @rule(
+        worker_id=worker_ids,
+        steps=st.integers(1, 8),
+        fate=st.sampled_from(["none yet", "arrives", "arrives", "late", "late", "dropped"]),
+    )
+    def work(self, worker_id: str, steps: int, fate: str) -> None:
         if worker_id in self.workers:
             self._work(worker_id, steps)
-            if report:
-                self._report(worker_id)
+            if fate != "none yet":
+                self._report(worker_id, fate)
 
     @rule(worker_id=worker_ids)
     def revoke(self, worker_id: str) -> None:
@@ -234,7 +256,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.wait(10.0)
         for worker_id in WORKERS:
             self._work(worker_id, 500)
-            self._report(worker_id)
+            # A report that was dropped is missed when enough others have come.
+            for _ in range(MAX_REPORTS_AHEAD + 2):
+                self._report(worker_id)
             worker = self.scheduler.fleet.get(worker_id)
             assert worker is not None
             assert worker.requests == {}
@@ -248,7 +272,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for key in self._open():
                     if self.gateway_of[key] == gateway_id:
                         self._end(key, "gateway lost")
-        self._deliver(self.scheduler.schedule(self.now))
+        while True:
+            decisions = self.scheduler.schedule(self.now)
+            self._deliver(decisions)
+            if not decisions.incomplete:
+                return
 
     def _deliver(self, decisions: Decisions) -> None:
         assert decisions.commands.keys() <= self.registered
@@ -260,7 +288,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self._check_offer(key, worker_id)
             if offered:
                 assert estimated_pages(self.scheduler, worker_id) <= POOL_PAGES
-            self.workers[worker_id].inbox += [(worker.epoch, command) for command in commands]
+            self.delivered[worker_id] = [(worker.epoch, command) for command in commands]
+            self.workers[worker_id].inbox += self.delivered[worker_id]
         for gateway_id, answers in decisions.answers.items():
             for answer in answers:
                 if gateway_id not in self.connected or answer.key in self.outcome:
@@ -287,18 +316,46 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if key not in self.outcome:
                     self._end(key, "finished")
 
-    def _report(self, worker_id: str) -> None:
-        if worker_id in self.registered:
-            report = self.workers[worker_id].report()
-            for progress in report.progress:
-                if progress.key not in self.workers[worker_id].sequences:
-                    self.live.pop(progress.key, None)
+    def _report(self, worker_id: str, fate: str = "arrives") -> None:
+        if worker_id not in self.registered:
+            return
+        report, wire = self.workers[worker_id].report(), self.wire[worker_id]
+        if fate == "dropped":
+            ended = {progress.key for progress in report.progress if progress.state is Ending.FINISHED}
+            self.dropped.setdefault(worker_id, set()).update(ended)
+            return
+        wire.append(report)
+        if fate == "late" and len(wire) < MAX_REPORTS_AHEAD:
+            return
+        arriving = wire[::-1]
+        wire.clear()
+        for late in arriving:
+            if not self._arrive(worker_id, late):
+                return
+        self._pump()
+
+    def _arrive(self, worker_id: str, report: Report) -> bool:
+        """False when the worker had to register again."""
+        for progress in report.progress:
+            if progress.key not in self.workers[worker_id].sequences:
+                self.live.pop(progress.key, None)
+        try:
             self.scheduler.report(worker_id, report, self.now)
-            self._pump()
+        except ReportGapError:
+            self._register(worker_id)
+            return False
+        return True
+
+    def _lose_worker(self, worker_id: str) -> None:
+        self.registered.remove(worker_id)
+        self.wire[worker_id].clear()
+        self.scheduler.worker_lost(worker_id, self.now)
 
     def _register(self, worker_id: str) -> None:
         worker = self.workers[worker_id]
-        self._lose_reports(worker)
+        worker.report()
+        self.wire[worker_id].clear()
+        self.dropped.pop(worker_id, None)
         epoch = self.scheduler.register(worker.hello(), self.now)
         assert epoch not in self.epochs
         self.epochs.append(epoch)
@@ -307,9 +364,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             if place == worker_id and key not in worker.sequences:
                 del self.live[key]
         self._pump()
-
-    def _lose_reports(self, worker: SimulatedWorker) -> None:
-        self.untold |= {progress.key for progress in worker.report().progress if progress.state is Ending.FINISHED}
 
     def _open(self) -> list[Key]:
         return [key for key in self.arrival if key not in self.outcome]

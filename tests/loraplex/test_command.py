@@ -13,7 +13,7 @@ from tests.loraplex import fakes
 from tests.loraplex.fake_services import is_running, write_model, write_services
 from tests.loraplex.fakes import FakeGateway
 
-COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["status"]]
+COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["status"], ["memory"]]
 COMMANDS += [["adapters", verb] for verb in ("push", "list", "show", "rm", "alias", "import", "export")]
 
 
@@ -30,7 +30,7 @@ def test_help_is_there_for_every_command(command: list[str], capsys: pytest.Capt
     assert " ".join(["usage: loraplex", *command]) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["up", "generate", "adapters", "status"])
+@pytest.mark.parametrize("command", ["up", "generate", "adapters", "status", "memory"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -1,0 +1,1 @@
+"""Benchmarks of the memory manager: `python -m benchmarks.memory`."""

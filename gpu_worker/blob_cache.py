@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from common.checksum import Checksum, Promised
-from common.errors import ResourceExhausted
+from common.errors import FailedPrecondition
 from gpu_worker.byte_budget import ByteBudget
 
 _log = logging.getLogger(__name__)
@@ -90,11 +90,11 @@ class BlobCache:
     async def reserve(self, sha256: str, num_bytes: int) -> Partial:
         """Sets bytes aside for a download, waiting while everything is held.
 
-        Raises ResourceExhausted with both numbers when the string is larger than the whole budget.
+        Raises FailedPrecondition with both numbers when the string is larger than the whole budget.
         """
         if num_bytes > self.limit_bytes:
             message = f"the adapter has {num_bytes} bytes; the worker's cache may hold {self.limit_bytes}"
-            raise ResourceExhausted("ADAPTER_TOO_LARGE", message)
+            raise FailedPrecondition("ADAPTER_TOO_LARGE", message)
         partial = Partial(sha256, self._folder / f"{sha256}.{uuid.uuid4().hex}{PARTIAL}", num_bytes)
         while not self._make_room(num_bytes):
             self._released.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ResourceExhausted
+from common.errors import FailedPrecondition
 from common.packing import PackedLayout
 from gpu_worker.blob_cache import BlobCache
 
@@ -79,7 +79,7 @@ async def test_a_download_waits_while_everything_is_in_use(cache: BlobCache) -> 
 
 
 async def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers(cache: BlobCache) -> None:
-    with pytest.raises(ResourceExhausted, match="301 bytes; the worker's cache may hold 300"):
+    with pytest.raises(FailedPrecondition, match="301 bytes; the worker's cache may hold 300"):
         await cache.reserve("f" * 64, 301)
 
 

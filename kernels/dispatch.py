@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from kernels.cpu.launch import settle
 from kernels.cpu.library import library
 
 REFERENCE, CPU, TRITON = "reference", "cpu", "triton"
@@ -80,4 +81,6 @@ def use_cpu(op: str, supported: bool) -> bool:
         why = "it does not take these tensors" if supported is False else "it is not there"
         raise RuntimeError(f"the compiled kernel of {op} is forced and {why}")
     calls[op, REFERENCE] += 1
+    # It reads what compiled operations wrote.
+    settle()
     return False

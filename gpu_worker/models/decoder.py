@@ -7,6 +7,7 @@ from gpu_worker.batch import ForwardBatch
 from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.rope import cos_sin_table
 from gpu_worker.models.weights import DecoderWeights, LayerWeights, Projection
+from kernels.cpu.launch import settle, together
 from kernels.linear import embedding, linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink
@@ -36,11 +37,12 @@ class Decoder:
         eps = self.config.rms_norm_eps
         x = embedding(batch.token_ids, self.weights.embedding)
         residual = None
-        for index, layer in enumerate(self.weights.layers):
-            x, residual = rms_norm(x, layer.input_norm, eps, residual)
-            x = self._attention(x, layer, index, batch)
-            x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
-            x = _mlp(x, layer, index, batch)
+        with together():
+            for index, layer in enumerate(self.weights.layers):
+                x, residual = rms_norm(x, layer.input_norm, eps, residual)
+                x = self._attention(x, layer, index, batch)
+                x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
+                x = _mlp(x, layer, index, batch)
         rows = batch.logit_rows
         x, _ = rms_norm(x[rows], self.weights.final_norm, eps, None if residual is None else residual[rows])
         return linear(x, self.weights.lm_head).to(torch.float32)
@@ -63,6 +65,8 @@ class Decoder:
 
     def _norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
         """heads: `[num_tokens, num_heads, head_dim]`, weight: `[head_dim]`; each head on its own."""
+        # copies what may not be there yet
+        settle()
         normed, _ = rms_norm(heads.reshape(-1, heads.shape[-1]), weight, self.config.rms_norm_eps)
         return normed.view(heads.shape)
 

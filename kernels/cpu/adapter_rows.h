@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "jobs.h"
 #include "simd.h"
 
 namespace loraplex {
@@ -86,14 +87,14 @@ inline std::vector<Piece> pieces(const Adapters& adapters, const Segments& segme
 
 // Work of one thread at a time: tokens [token, token_end) by [first, last) of the dimension that the operation splits.
 struct Task {
-  const Piece* piece;
+  Piece piece;
   int64_t token, token_end, first, last;
 };
 
 inline void split(const Piece& piece, int64_t size, int64_t step, int64_t token_step, std::vector<Task>& tasks) {
   for (int64_t first = 0; first < size; first += step)
     for (int64_t token = piece.start; token < piece.end; token += token_step)
-      tasks.push_back({&piece, token, std::min(token + token_step, piece.end), first, std::min(first + step, size)});
+      tasks.push_back({piece, token, std::min(token + token_step, piece.end), first, std::min(first + step, size)});
 }
 
 }  // namespace loraplex

@@ -6,7 +6,7 @@ Imports torch first: the library then shares torch's OpenMP runtime, and with it
 import ctypes
 import logging
 import platform
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -19,20 +19,6 @@ _log = logging.getLogger(__name__)
 
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(ADAPTER_DTYPES)}
 
-_SIGNATURES = {
-    "linear": [c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32, c_int32],
-    "lora_shrink": [c_void_p] * 4 + [c_int64] * 2 + [c_void_p, c_int64, c_void_p] + [c_int64] * 3 + [c_int32],
-    "lora_expand": [c_void_p] * 4
-    + [c_int64] * 2
-    + [c_void_p, c_int64, c_void_p, c_void_p, c_int32]
-    + [c_int64] * 4
-    + [c_int32],
-    "paged_attention": [c_void_p, c_int32],
-    "store_kv": [c_void_p, c_int32, c_int32, c_int32],
-    "rms_norm": [c_void_p] * 5 + [c_int32, c_int64, c_int64, c_float, c_int32],
-    "silu_and_mul": [c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int32],
-}
-
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -44,9 +30,7 @@ def library() -> ctypes.CDLL | None:
         except OSError as error:
             problem = f"the compiled CPU kernels do not load: {error}"
         else:
-            for name, arguments in _SIGNATURES.items():
-                function = getattr(found, f"loraplex_{name}")
-                function.argtypes, function.restype = arguments, None
+            found.loraplex_run.argtypes, found.loraplex_run.restype = [c_void_p, c_int64, c_int], None
             return found
     _log.warning("%s; the plain torch kernels are used, several times slower", problem)
     return None
@@ -65,16 +49,6 @@ def _problem() -> str | None:
 def vector_lanes() -> int:
     """Floats in the widest vectors of this CPU: 8, or 16 with AVX-512."""
     return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
-
-
-@cache
-def kernel(name: str) -> "ctypes._NamedFuncPointer":
-    """The function of that operation. Only after `library()` has found it."""
-    loaded = library()
-    if loaded is None:
-        raise RuntimeError("the CPU kernels are not there")
-    function: ctypes._NamedFuncPointer = getattr(loaded, f"loraplex_{name}")
-    return function
 
 
 def has_dtype(dtype: torch.dtype, *tensors: Tensor) -> bool:

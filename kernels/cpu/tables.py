@@ -1,9 +1,11 @@
 """AdapterTables as the compiled kernels read them."""
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
 
 import torch
+from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu.library import has_dtype
@@ -14,6 +16,10 @@ class _Adapters(ctypes.Structure):
         *((name, c_void_p) for name in ("pool", "page_table", "start_unit", "lora_rank", "scaling", "dtype")),
         *((name, c_int64) for name in ("page_bytes", "max_pages", "num_layers")),
     )
+
+
+class SegmentsStructure(ctypes.Structure):
+    _fields_ = (("starts", c_void_p), ("adapter", c_void_p), ("count", c_int64))
 
 
 # The last tables and their structure, None when they cannot be read so: all calls of a step share one, and to build it
@@ -52,3 +58,21 @@ def address(adapters: AdapterTables) -> int:
     if structure is None:
         raise ValueError("these tables are not for the compiled kernels")
     return ctypes.addressof(structure)
+
+
+def segments_structure(segments: Segments) -> SegmentsStructure:
+    return SegmentsStructure(segments.starts.data_ptr(), segments.adapter.data_ptr(), len(segments.adapter))
+
+
+def modules_address(modules: tuple[int, ...]) -> int:
+    return ctypes.addressof(_modules(modules))
+
+
+@cache
+def _modules(modules: tuple[int, ...]) -> "ctypes.Array[c_int32]":
+    return (c_int32 * len(modules))(*modules)
+
+
+def tensors(adapters: AdapterTables, segments: Segments) -> tuple[object, ...]:
+    """What must live as long as an address is used."""
+    return adapters, _structure(adapters), segments.starts, segments.adapter

@@ -33,6 +33,6 @@ struct Panel {
 
 }  // namespace
 
-void linear_avx512(const Linear& op, int32_t weight_dtype, int threads) { run<Panel>(op, weight_dtype, threads); }
+void linear_avx512(const Linear& op, Jobs& jobs) { add<Panel>(op, jobs); }
 
 }  // namespace loraplex

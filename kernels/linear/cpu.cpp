@@ -42,15 +42,12 @@ struct Panel {
 
 }  // namespace
 
-void linear_avx2(const Linear& op, int32_t weight_dtype, int threads) { run<Panel>(op, weight_dtype, threads); }
+void linear_avx2(const Linear& op, Jobs& jobs) { add<Panel>(op, jobs); }
 
 }  // namespace loraplex
 
 using namespace loraplex;
 
-// lanes: 8, or 16 where the CPU has AVX-512.
-extern "C" void loraplex_linear(const float* x, const void* weight, int32_t weight_dtype, const float* bias, float* out,
-                                int64_t rows, int64_t in_features, int64_t out_features, int lanes, int threads) {
-  const Linear op{x, weight, bias, out, rows, in_features, out_features};
-  (lanes == 16 ? linear_avx512 : linear_avx2)(op, weight_dtype, threads);
+extern "C" void loraplex_linear(const Linear* op, Jobs* jobs) {
+  (op->lanes == 16 ? linear_avx512 : linear_avx2)(*op, *jobs);
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../cpu/jobs.h"
 #include "../cpu/simd.h"
 
 namespace loraplex {
@@ -15,11 +16,13 @@ struct Linear {
   const float* bias;   // [out_features] or null
   float* out;          // [rows, out_features]
   int64_t rows, in_features, out_features;
+  int32_t weight_dtype;  // kFloat32 or kBFloat16
+  int32_t lanes;         // 8, or 16 where the CPU has AVX-512
 };
 
-// Each in a translation unit of its own, compiled for its instruction set; `weight_dtype` is kFloat32 or kBFloat16.
-void linear_avx2(const Linear& op, int32_t weight_dtype, int threads);
-void linear_avx512(const Linear& op, int32_t weight_dtype, int threads);
+// Each in a translation unit of its own, compiled for its instruction set.
+void linear_avx2(const Linear& op, Jobs& jobs);
+void linear_avx512(const Linear& op, Jobs& jobs);
 
 // Unnamed: what is compiled for AVX-512 must not stand in for the same template elsewhere.
 namespace {
@@ -133,7 +136,7 @@ void block(const Linear& op, int64_t row0, int64_t row1, int64_t panel, int64_t 
 }
 
 template <typename V, typename W>
-void run(const Linear& op, int threads) {
+void add(const Linear& op, Jobs& jobs) {
   const int64_t panels = (op.out_features + kPanel - 1) / kPanel;
   // of a task: few enough that threads end together, many enough that fetching ahead seldom ends
   const int64_t group = panels >= 16 * V::kPanels ? 2 * V::kPanels : V::kPanels;
@@ -141,17 +144,16 @@ void run(const Linear& op, int threads) {
   const int64_t block_rows = std::clamp<int64_t>(most, 4 * V::kRows, 24 * V::kRows);
   const int64_t groups = (panels + group - 1) / group;
   const int64_t tasks = groups * ((op.rows + block_rows - 1) / block_rows);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (tasks > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  jobs.add(tasks, [=](int64_t task) {
     const int64_t row = task / groups * block_rows, panel = task % groups * group;
     block<V, W>(op, row, std::min(row + block_rows, op.rows), panel, std::min(panel + group, panels));
-  }
+  });
 }
 
 template <typename V>
-void run(const Linear& op, int32_t weight_dtype, int threads) {
-  if (weight_dtype == kFloat32) return run<V, float>(op, threads);
-  run<V, BFloat16>(op, threads);
+void add(const Linear& op, Jobs& jobs) {
+  if (op.weight_dtype == kFloat32) return add<V, float>(op, jobs);
+  add<V, BFloat16>(op, jobs);
 }
 
 }  // namespace

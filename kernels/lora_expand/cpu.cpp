@@ -9,12 +9,16 @@ namespace {
 constexpr int64_t kColumns = 64;  // of a tile: one unit of 16-bit elements, two of float32
 constexpr int64_t kTaskColumns = 256, kTaskTokens = 64;
 constexpr int kRows = 6;
+constexpr int kStreams = 4;  // rows of B^T read side by side
 
 struct Expand {
   const float* shrunk;  // [modules, num_tokens, max_lora_rank]
   void* out;            // [num_tokens, out_stride]
-  int64_t num_tokens, max_lora_rank, in_features, out_stride;
+  const Adapters* adapters;
+  Segments segments;
+  const int32_t* modules;
   const int64_t* first_column;  // of each module in out, and the end
+  int64_t num_modules, layer, num_tokens, in_features, max_lora_rank, out_stride, out_dtype;
 };
 
 // R tokens by V vectors of columns.
@@ -88,9 +92,58 @@ void read_b(const Adapters& adapters, const Piece& piece, int64_t first_unit, in
   }
 }
 
+// sums += value[r] * b[r], the rows in rising order.
+template <int R>
+void add_rows(const __m256* value, const float* const* b, int64_t columns, float* sums) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    __m256 sum = load(sums + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum = fma(value[r], load(b[r] + c), sum);
+    store(sums + c, sum);
+  }
+}
+
+// One token: the sums of all its columns wait in the first-level cache while B^T streams through, row after row.
+template <typename T>
+void run_token(const Expand& op, const Adapters& adapters, const Task& task, Scratch& scratch) {
+  const Piece& piece = task.piece;
+  const int64_t features = op.first_column[piece.index + 1] - op.first_column[piece.index];
+  const int64_t units = adapters.row_units(piece.adapter, features);
+  const int64_t unit_columns = adapters.dtype[piece.adapter] == kFloat32 ? 32 : 64;
+  const int64_t columns = task.last - task.first, count = (columns + unit_columns - 1) / unit_columns;
+  const int64_t first = adapters.start_unit[piece.place] + task.first / unit_columns +
+                        piece.lora_rank * adapters.row_units(piece.adapter, op.in_features);
+  const float* shrunk = op.shrunk + (piece.index * op.num_tokens + task.token) * op.max_lora_rank;
+  scratch.rows.resize(kStreams * kTaskColumns);
+  alignas(32) float sums[kTaskColumns] = {};
+  for (int64_t j = 0; j < piece.lora_rank; j += kStreams) {
+    const float* b[kStreams];
+    __m256 value[kStreams];
+    // a row that is not there adds nothing, not even a zero: the chain is as long as the rank
+    const int64_t rows = std::min<int64_t>(kStreams, piece.lora_rank - j);
+    for (int64_t r = 0; r < rows; ++r) {
+      b[r] = read_units(adapters, piece.adapter, first + (j + r) * units, count, scratch.rows.data() + r * kTaskColumns);
+      value[r] = _mm256_broadcast_ss(shrunk + j + r);
+    }
+    switch (rows) {
+      case 1: add_rows<1>(value, b, columns, sums); break;
+      case 2: add_rows<2>(value, b, columns, sums); break;
+      case 3: add_rows<3>(value, b, columns, sums); break;
+      default: add_rows<4>(value, b, columns, sums);
+    }
+  }
+  T* out = static_cast<T*>(op.out) + task.token * op.out_stride + op.first_column[piece.index] + task.first;
+  const __m256 scaling = _mm256_set1_ps(adapters.scaling[piece.place]);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int lanes = static_cast<int>(columns - c);
+    store_first(out + c, fma(scaling, load(sums + c), load_first(out + c, lanes)), lanes);
+  }
+}
+
 template <typename T>
 void run(const Expand& op, const Adapters& adapters, const Task& task, Scratch& scratch) {
-  const Piece& piece = *task.piece;
+  const Piece& piece = task.piece;
+  if (task.token_end - task.token == 1) return run_token<T>(op, adapters, task, scratch);
   const int64_t features = op.first_column[piece.index + 1] - op.first_column[piece.index];
   const int64_t a_units = piece.lora_rank * adapters.row_units(piece.adapter, op.in_features);
   scratch.rows.resize(piece.lora_rank * kColumns);
@@ -112,25 +165,17 @@ void run(const Expand& op, const Adapters& adapters, const Task& task, Scratch& 
 
 using namespace loraplex;
 
-extern "C" void loraplex_lora_expand(const float* shrunk, const Adapters* adapters, const int32_t* starts,
-                                     const int32_t* segment_adapter, int64_t num_segments, int64_t layer,
-                                     const int32_t* modules, int64_t num_modules, const int64_t* first_column,
-                                     void* out, int32_t out_dtype, int64_t out_stride, int64_t num_tokens,
-                                     int64_t in_features, int64_t max_lora_rank, int threads) {
-  const Expand op{shrunk, out, num_tokens, max_lora_rank, in_features, out_stride, first_column};
-  const Segments segments{starts, segment_adapter, num_segments};
-  const std::vector<Piece> work = pieces(*adapters, segments, layer, modules, num_modules);
+extern "C" void loraplex_lora_expand(const Expand* arguments, Jobs* jobs) {
+  const Expand op = *arguments;
   std::vector<Task> tasks;
-  for (const Piece& piece : work)
-    split(piece, first_column[piece.index + 1] - first_column[piece.index], kTaskColumns, kTaskTokens, tasks);
+  for (const Piece& piece : pieces(*op.adapters, op.segments, op.layer, op.modules, op.num_modules))
+    split(piece, op.first_column[piece.index + 1] - op.first_column[piece.index], kTaskColumns, kTaskTokens, tasks);
   const int64_t count = static_cast<int64_t>(tasks.size());
-  with_type(out_dtype, [&](auto* type) {
+  with_type(static_cast<int32_t>(op.out_dtype), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp parallel num_threads(threads) if (count > 2)
-    {
-      Scratch scratch;
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < count; ++task) run<T>(op, *adapters, tasks[task], scratch);
-    }
+    jobs->add(count, [op, tasks = std::move(tasks)](int64_t task) {
+      thread_local Scratch scratch;
+      run<T>(op, *op.adapters, tasks[task], scratch);
+    });
   });
 }

@@ -1,6 +1,8 @@
 """Calls the compiled expand."""
 
-from ctypes import c_int32, c_int64
+import ctypes
+from ctypes import c_int64, c_void_p
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -8,7 +10,18 @@ from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu import tables
-from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
+from kernels.cpu.launch import launch
+from kernels.cpu.library import DTYPE_CODES, is_plain
+
+
+class _Expand(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("shrunk", "out", "adapters")),
+        ("segments", tables.SegmentsStructure),
+        *((name, c_void_p) for name in ("modules", "first_column")),
+        *((name, c_int64) for name in ("num_modules", "layer", "num_tokens", "in_features", "max_lora_rank")),
+        *((name, c_int64) for name in ("out_stride", "out_dtype")),
+    )
 
 
 def supports(shrunk: Tensor, adapters: AdapterTables, segments: Segments, out: Tensor) -> bool:
@@ -27,22 +40,24 @@ def lora_expand_cpu(
     out_features: tuple[int, ...],
     out: Tensor,
 ) -> None:
-    count = len(modules)
-    kernel("lora_expand")(
+    op = _Expand(
         shrunk.data_ptr(),
-        tables.address(adapters),
-        segments.starts.data_ptr(),
-        segments.adapter.data_ptr(),
-        len(segments.adapter),
-        layer,
-        (c_int32 * count)(*modules),
-        count,
-        (c_int64 * (count + 1))(*accumulate(out_features, initial=0)),
         out.data_ptr(),
-        DTYPE_CODES[out.dtype],
-        out.stride(0),
+        tables.address(adapters),
+        tables.segments_structure(segments),
+        tables.modules_address(modules),
+        ctypes.addressof(_first_columns(out_features)),
+        len(modules),
+        layer,
         len(out),
         in_features,
         adapters.max_lora_rank,
-        torch.get_num_threads(),
+        out.stride(0),
+        DTYPE_CODES[out.dtype],
     )
+    launch("lora_expand", op, out, shrunk, *tables.tensors(adapters, segments))
+
+
+@cache
+def _first_columns(out_features: tuple[int, ...]) -> "ctypes.Array[c_int64]":
+    return (c_int64 * (len(out_features) + 1))(*accumulate(out_features, initial=0))

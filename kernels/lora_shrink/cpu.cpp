@@ -11,7 +11,10 @@ constexpr int64_t kTaskRanks = 8, kTaskTokens = 64;
 struct Shrink {
   const float* x;  // [num_tokens, in_features]
   float* out;      // [modules, num_tokens, max_lora_rank], zero
-  int64_t num_tokens, in_features, max_lora_rank;
+  const Adapters* adapters;
+  Segments segments;
+  const int32_t* modules;
+  int64_t num_modules, layer, num_tokens, in_features, max_lora_rank;
 };
 
 template <int T, int R>
@@ -19,6 +22,10 @@ void tile(const float* x, int64_t x_stride, const float* const* a, int64_t in_fe
           int64_t out_stride) {
   __m256 sums[T][R] = {};
   const auto step = [&](int64_t i, auto read) {
+    // A's rows follow each other: the next ones, and after the last of them B
+    if (i % 16 == 0)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a[r] + i + R * in_features);
     __m256 rows[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) rows[t] = read(x + t * x_stride + i);
@@ -54,7 +61,7 @@ void ranks_of_tokens(const Shrink& op, const Task& task, const float* const* a, 
 }
 
 void run(const Shrink& op, const Adapters& adapters, const Task& task, std::vector<float>& scratch) {
-  const Piece& piece = *task.piece;
+  const Piece& piece = task.piece;
   const int64_t units = adapters.row_units(piece.adapter, op.in_features), width = units * (kUnitBytes / 2);
   scratch.resize(kTaskRanks * width);
   const float* a[kTaskRanks];
@@ -73,20 +80,14 @@ void run(const Shrink& op, const Adapters& adapters, const Task& task, std::vect
 
 using namespace loraplex;
 
-extern "C" void loraplex_lora_shrink(const float* x, const Adapters* adapters, const int32_t* starts,
-                                     const int32_t* segment_adapter, int64_t num_segments, int64_t layer,
-                                     const int32_t* modules, int64_t num_modules, float* out, int64_t num_tokens,
-                                     int64_t in_features, int64_t max_lora_rank, int threads) {
-  const Shrink op{x, out, num_tokens, in_features, max_lora_rank};
-  const Segments segments{starts, segment_adapter, num_segments};
-  const std::vector<Piece> work = pieces(*adapters, segments, layer, modules, num_modules);
+extern "C" void loraplex_lora_shrink(const Shrink* arguments, Jobs* jobs) {
+  const Shrink op = *arguments;
   std::vector<Task> tasks;
-  for (const Piece& piece : work) split(piece, piece.lora_rank, kTaskRanks, kTaskTokens, tasks);
+  for (const Piece& piece : pieces(*op.adapters, op.segments, op.layer, op.modules, op.num_modules))
+    split(piece, piece.lora_rank, kTaskRanks, kTaskTokens, tasks);
   const int64_t count = static_cast<int64_t>(tasks.size());
-#pragma omp parallel num_threads(threads) if (count > 2)
-  {
-    std::vector<float> scratch;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < count; ++task) run(op, *adapters, tasks[task], scratch);
-  }
+  jobs->add(count, [op, tasks = std::move(tasks)](int64_t task) {
+    thread_local std::vector<float> scratch;
+    run(op, *op.adapters, tasks[task], scratch);
+  });
 }

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/jobs.h"
 #include "online.h"
 #include "tile.h"
 
@@ -54,12 +55,21 @@ struct Workspace {
   const float* key[kTile];
   const float* value[kTile];
 
-  explicit Workspace(const Attention& op) {
+  // This thread's, with room for the operation.
+  static Workspace& of(const Attention& op) {
+    thread_local Workspace work;
+    work.fit(op);
+    return work;
+  }
+
+  void fit(const Attention& op) {
     const int64_t rows = op.task_tokens() * op.group(), row_floats = rows * op.width();
+    if (!op.is_direct()) keys.resize(kTile * op.width()), values.resize(kTile * op.width());
+    if (static_cast<int64_t>(parts.size()) == rows && static_cast<int64_t>(query.size()) == row_floats) return;
+    parts.clear(), merged.clear();
     query.resize(row_floats);
     mixed.resize(2 * row_floats);
     scores.resize(rows * kTile);
-    if (!op.is_direct()) keys.resize(kTile * op.width()), values.resize(kTile * op.width());
     for (int64_t row = 0; row < rows; ++row) {
       parts.push_back({0, 0, mixed.data() + row * op.width()});
       merged.push_back({0, 0, mixed.data() + row_floats + row * op.width()});
@@ -199,15 +209,13 @@ std::vector<Rows> row_tiles(const Attention& op) {
   return found;
 }
 
-void attend_all(const Attention& op, const std::vector<Rows>& tiles, int threads) {
-  const int64_t count = static_cast<int64_t>(tiles.size());
-#pragma omp parallel num_threads(threads) if (count > 1)
-  {
-    Workspace work(op);
-    // the heads of a row tile on one thread: they lie side by side, and what is fetched ahead for one is the next one's
-#pragma omp for schedule(dynamic, op.num_kv_heads)
-    for (int64_t task = 0; task < count; ++task) attend(op, tiles[task], work);
-  }
+void attend_all(const Attention& op, std::vector<Rows> tiles, Jobs& jobs) {
+  // the heads of a row tile on one thread: they lie side by side, and what is fetched ahead for one is the next one's
+  const int64_t heads = op.num_kv_heads, count = static_cast<int64_t>(tiles.size()) / heads;
+  jobs.add(count, [op, heads, tiles = std::move(tiles)](int64_t task) {
+    Workspace& work = Workspace::of(op);
+    for (int64_t head = 0; head < heads; ++head) attend(op, tiles[task * heads + head], work);
+  });
 }
 
 // One row tile by one chunk, and room for what comes out.
@@ -234,29 +242,34 @@ void merge_tile(const Attention& op, const ChunkTask* begin, const ChunkTask* en
   write_out(op, rows, work.merged);
 }
 
-// Chunks on all threads at once, then each row tile merges its own in order.
-void attend_split(const Attention& op, const std::vector<Rows>& tiles, int threads) {
+struct Split {
+  std::vector<Rows> tiles;
   std::vector<ChunkTask> tasks;
-  std::vector<int64_t> first_task;
-  for (const Rows& rows : tiles) {
-    first_task.push_back(tasks.size());
+  std::vector<int64_t> first_task;  // of each tile, and the end
+};
+
+// Chunks on all threads at once, then each row tile merges its own in order.
+void attend_split(const Attention& op, std::vector<Rows> tiles, Jobs& jobs) {
+  const auto split = std::make_shared<Split>();
+  split->tiles = std::move(tiles);
+  for (const Rows& rows : split->tiles) {
+    split->first_task.push_back(split->tasks.size());
     for (int64_t chunk = first_chunk(op, rows); chunk < rows.end_key(rows.tokens - 1); chunk += kChunk)
-      tasks.push_back({&rows, chunk, {}, {}});
+      split->tasks.push_back({&rows, chunk, {}, {}});
   }
-  first_task.push_back(tasks.size());
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace work(op);
-#pragma omp for schedule(dynamic)
-    for (size_t task = 0; task < tasks.size(); ++task) {
-      read_query(op, *tasks[task].rows, work);
-      attend_chunk(op, *tasks[task].rows, tasks[task].chunk, work);
-      tasks[task].keep(op, work.parts);
-    }
-#pragma omp for
-    for (size_t tile = 0; tile < tiles.size(); ++tile)
-      merge_tile(op, &tasks[first_task[tile]], tasks.data() + first_task[tile + 1], work);
-  }
+  split->first_task.push_back(split->tasks.size());
+  jobs.add(split->tasks.size(), [op, split](int64_t index) {
+    Workspace& work = Workspace::of(op);
+    ChunkTask& task = split->tasks[index];
+    read_query(op, *task.rows, work);
+    attend_chunk(op, *task.rows, task.chunk, work);
+    task.keep(op, work.parts);
+  });
+  jobs.new_stage();
+  jobs.add(split->tiles.size(), [op, split](int64_t tile) {
+    ChunkTask* tasks = split->tasks.data();
+    merge_tile(op, tasks + split->first_task[tile], tasks + split->first_task[tile + 1], Workspace::of(op));
+  });
 }
 
 }  // namespace
@@ -264,9 +277,9 @@ void attend_split(const Attention& op, const std::vector<Rows>& tiles, int threa
 
 using namespace loraplex;
 
-extern "C" void loraplex_paged_attention(const Attention* op, int threads) {
-  const std::vector<Rows> tiles = row_tiles(*op);
+extern "C" void loraplex_paged_attention(const Attention* op, Jobs* jobs) {
+  std::vector<Rows> tiles = row_tiles(*op);
   // few tiles would leave threads idle; either way gives the same bits
-  if (threads > 1 && static_cast<int64_t>(tiles.size()) < 4 * threads) return attend_split(*op, tiles, threads);
-  attend_all(*op, tiles, threads);
+  const bool few = jobs->threads > 1 && static_cast<int64_t>(tiles.size()) < 4 * jobs->threads;
+  (few ? attend_split : attend_all)(*op, std::move(tiles), *jobs);
 }

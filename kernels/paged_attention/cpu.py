@@ -6,7 +6,8 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, has_dtype, is_plain, kernel
+from kernels.cpu.launch import launch
+from kernels.cpu.library import DTYPE_CODES, has_dtype, is_plain
 
 
 class _Attention(ctypes.Structure):
@@ -57,5 +58,5 @@ def paged_attention_cpu(
         DTYPE_CODES[query.dtype],
         DTYPE_CODES[kv_pages.dtype],
     )
-    kernel("paged_attention")(ctypes.addressof(op), torch.get_num_threads())
+    launch("paged_attention", op, out, query, kv_pages, page_table, query_start, context_lens)
     return out

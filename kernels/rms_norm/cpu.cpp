@@ -1,8 +1,10 @@
 // Residual addition and normalisation of a row: it stays in the first-level cache between the sum of squares and the
 // scaling. Four running vectors, whatever the number of rows: the order of the sum follows from `hidden`.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
+#include "../cpu/jobs.h"
 #include "../cpu/simd.h"
 
 namespace loraplex {
@@ -39,21 +41,37 @@ void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, 
   }
 }
 
+struct RmsNorm {
+  const void* x;         // [rows, hidden]
+  const void* residual;  // [rows, hidden], null together with total
+  const void* weight;    // [hidden]
+  void* out;             // [rows, hidden]
+  void* total;           // [rows, hidden]
+  int64_t rows, hidden;
+  float eps;
+  int32_t dtype;
+};
+
+// of a task: what takes a few microseconds
+constexpr int64_t kTaskElements = 8192;
+
 }  // namespace
 }  // namespace loraplex
 
 using namespace loraplex;
 
-// residual and total are null together. All are [rows, hidden], weight is [hidden], all of `dtype`.
-extern "C" void loraplex_rms_norm(const void* x, const void* residual, const void* weight, void* out, void* total,
-                                  int32_t dtype, int64_t rows, int64_t hidden, float eps, int threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" void loraplex_rms_norm(const RmsNorm* arguments, Jobs* jobs) {
+  const RmsNorm op = *arguments;
+  const int64_t task_rows = std::max<int64_t>(1, kTaskElements / op.hidden);
+  with_type(op.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp parallel for num_threads(threads) if (rows * hidden > 16384)
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * hidden;
-      norm_row(static_cast<const T*>(x) + at, residual ? static_cast<const T*>(residual) + at : nullptr,
-               static_cast<const T*>(weight), static_cast<T*>(out) + at, static_cast<T*>(total) + at, hidden, eps);
-    }
+    jobs->add((op.rows + task_rows - 1) / task_rows, [=](int64_t task) {
+      for (int64_t row = task * task_rows; row < std::min((task + 1) * task_rows, op.rows); ++row) {
+        const int64_t at = row * op.hidden;
+        norm_row(static_cast<const T*>(op.x) + at, op.residual ? static_cast<const T*>(op.residual) + at : nullptr,
+                 static_cast<const T*>(op.weight), static_cast<T*>(op.out) + at, static_cast<T*>(op.total) + at,
+                 op.hidden, op.eps);
+      }
+    });
   });
 }

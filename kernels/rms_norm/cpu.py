@@ -1,9 +1,22 @@
 """Calls the compiled normalisation."""
 
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, is_plain, kernel
+from kernels.cpu.launch import launch
+from kernels.cpu.library import DTYPE_CODES, is_plain
+
+
+class _RmsNorm(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "residual", "weight", "out", "total")),
+        *((name, c_int64) for name in ("rows", "hidden")),
+        ("eps", c_float),
+        ("dtype", c_int32),
+    )
 
 
 def supports(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
@@ -15,16 +28,16 @@ def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None)
     rows, hidden = x.shape
     out = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
-    kernel("rms_norm")(
+    op = _RmsNorm(
         x.data_ptr(),
         None if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
         None if total is None else total.data_ptr(),
-        DTYPE_CODES[x.dtype],
         rows,
         hidden,
         eps,
-        torch.get_num_threads(),
+        DTYPE_CODES[x.dtype],
     )
+    launch("rms_norm", op, out, total, x, residual)
     return out, x if total is None else total

@@ -1,6 +1,8 @@
 // silu(gate) * up, eight elements at a time.
+#include <algorithm>
 #include <type_traits>
 
+#include "../cpu/jobs.h"
 #include "../cpu/simd.h"
 
 namespace loraplex {
@@ -17,20 +19,31 @@ void gate_row(const T* gate, const T* up, T* out, int64_t intermediate) {
   }
 }
 
+struct SiluAndMul {
+  const void* gate_up;  // [rows, 2 * intermediate]
+  void* out;            // [rows, intermediate]
+  int64_t rows, intermediate;
+  int64_t dtype;
+};
+
+// of a task: what takes a few microseconds
+constexpr int64_t kTaskElements = 4096;
+
 }  // namespace
 }  // namespace loraplex
 
 using namespace loraplex;
 
-// gate_up: [rows, 2 * intermediate], out: [rows, intermediate], both of `dtype`.
-extern "C" void loraplex_silu_and_mul(const void* gate_up, void* out, int32_t dtype, int64_t rows, int64_t intermediate,
-                                      int threads) {
-  with_type(dtype, [&](auto* type) {
+extern "C" void loraplex_silu_and_mul(const SiluAndMul* arguments, Jobs* jobs) {
+  const SiluAndMul op = *arguments;
+  const int64_t task_rows = std::max<int64_t>(1, kTaskElements / op.intermediate);
+  with_type(static_cast<int32_t>(op.dtype), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-#pragma omp parallel for num_threads(threads) if (rows * intermediate > 8192)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* gate = static_cast<const T*>(gate_up) + row * 2 * intermediate;
-      gate_row(gate, gate + intermediate, static_cast<T*>(out) + row * intermediate, intermediate);
-    }
+    jobs->add((op.rows + task_rows - 1) / task_rows, [=](int64_t task) {
+      for (int64_t row = task * task_rows; row < std::min((task + 1) * task_rows, op.rows); ++row) {
+        const T* gate = static_cast<const T*>(op.gate_up) + row * 2 * op.intermediate;
+        gate_row(gate, gate + op.intermediate, static_cast<T*>(op.out) + row * op.intermediate, op.intermediate);
+      }
+    });
   });
 }

@@ -1,6 +1,8 @@
 // Rotates query and key and writes key and value into their slots: one pass over the fused projection.
+#include <algorithm>
 #include <type_traits>
 
+#include "../cpu/jobs.h"
 #include "../cpu/simd.h"
 
 namespace loraplex {
@@ -20,7 +22,11 @@ struct StoreKv {
   const int64_t* positions;
   const int64_t* slots;   // page * page_size + offset
   int64_t num_tokens, head_dim, page_size, page_stride, value_offset, slot_stride, head_stride;
+  int32_t x_dtype;  // of query, key, value and rotated
+  int32_t page_dtype;
 };
+
+constexpr int64_t kTaskTokens = 8;
 
 // Product, product, difference: three roundings in float32, as the reference has them, then one to X and one to Y.
 template <typename X, typename Y>
@@ -70,14 +76,16 @@ void store_token(const StoreKv& op, int64_t token) {
 
 using namespace loraplex;
 
-// x_dtype is of query, key, value and rotated; page_dtype of the pages.
-extern "C" void loraplex_store_kv(const StoreKv* op, int32_t x_dtype, int32_t page_dtype, int threads) {
-  with_type(x_dtype, [&](auto* x) {
-    with_type(page_dtype, [&](auto* page) {
+extern "C" void loraplex_store_kv(const StoreKv* arguments, Jobs* jobs) {
+  const StoreKv op = *arguments;
+  with_type(op.x_dtype, [&](auto* x) {
+    with_type(op.page_dtype, [&](auto* page) {
       using X = std::remove_pointer_t<decltype(x)>;
       using Y = std::remove_pointer_t<decltype(page)>;
-#pragma omp parallel for num_threads(threads) if (op->num_tokens > 8)
-      for (int64_t token = 0; token < op->num_tokens; ++token) store_token<X, Y>(*op, token);
+      jobs->add((op.num_tokens + kTaskTokens - 1) / kTaskTokens, [=](int64_t task) {
+        const int64_t end = std::min((task + 1) * kTaskTokens, op.num_tokens);
+        for (int64_t token = task * kTaskTokens; token < end; ++token) store_token<X, Y>(op, token);
+      });
     });
   });
 }

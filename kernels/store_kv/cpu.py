@@ -1,12 +1,13 @@
 """Calls the compiled rotation and store."""
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import DTYPE_CODES, has_dtype, kernel
+from kernels.cpu.launch import launch
+from kernels.cpu.library import DTYPE_CODES, has_dtype
 
 
 class _Heads(ctypes.Structure):
@@ -21,6 +22,8 @@ class _StoreKv(ctypes.Structure):
         *((name, c_void_p) for name in ("rotated", "pages", "cos_sin", "positions", "slots")),
         *((name, c_int64) for name in ("num_tokens", "head_dim", "page_size")),
         *((name, c_int64) for name in ("page_stride", "value_offset", "slot_stride", "head_stride")),
+        ("x_dtype", c_int32),
+        ("page_dtype", c_int32),
     )
 
 
@@ -71,9 +74,10 @@ def store_kv_cpu(
         kv_pages.shape[3],
         page_stride,
         *strides,
+        DTYPE_CODES[query.dtype],
+        DTYPE_CODES[kv_pages.dtype],
     )
-    codes = DTYPE_CODES[query.dtype], DTYPE_CODES[kv_pages.dtype]
-    kernel("store_kv")(ctypes.addressof(op), *codes, torch.get_num_threads())
+    launch("store_kv", op, rotated, query, key, value, cos_sin, positions, kv_pages, slot_mapping)
     return rotated
 
 

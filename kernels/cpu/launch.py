@@ -30,7 +30,7 @@ class _Program(threading.local):
 
     def __init__(self) -> None:
         self.open = False
-        self.calls: list[tuple[int, int, bool]] = []
+        self.calls: list[_Call] = []
         # What the addresses in `calls` point into.
         self.kept: list[object] = []
         self.num_bytes = 0
@@ -75,20 +75,20 @@ def launch(name: str, arguments: ctypes.Structure, out: Tensor, *tensors: object
     """
     function, address = _address(name), ctypes.addressof(arguments)
     if not _program.open:
-        _run([(function, address, False)])
+        _run([_Call(function, address, 0)])
         return
     side_by_side = reads is not None and bool(_program.calls) and reads.data_ptr() not in _program.written
     if not side_by_side:
         _program.written.clear()
     _program.written.add(out.data_ptr())
-    _program.calls.append((function, address, side_by_side))
+    _program.calls.append(_Call(function, address, side_by_side))
     _program.kept += (arguments, out, *tensors)
     _program.num_bytes += out.nbytes
     if _program.num_bytes > _MAX_WAITING_BYTES:
         _program.run()
 
 
-def _run(calls: list[tuple[int, int, bool]]) -> None:
+def _run(calls: list[_Call]) -> None:
     loaded = library()
     if loaded is None:
         raise RuntimeError("the CPU kernels are not there")

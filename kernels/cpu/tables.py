@@ -5,7 +5,6 @@ from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu.library import has_dtype

@@ -9,7 +9,6 @@ and goes on with higher sequences. When it is away, reads go on and writes are r
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,10 +17,11 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from adapter_store.failpoints import failpoint
 from adapter_store.index import KEPT_REMOVALS
-from adapter_store.indexed_registry import REBUILD_GAP, IndexedRegistry, unavailable
+from adapter_store.indexed_registry import unavailable
 from adapter_store.manifest import Manifest, PendingRecord, Record, SequenceUsedError
 from adapter_store.metrics import RedisMetrics
-from adapter_store.redis_link import RedisLink, RedisState, Snapshot
+from adapter_store.redis_link import RedisLink
+from adapter_store.redis_mirror import RedisMirror
 from adapter_store.registry import Alias, Version, WrongVersionError
 from common.errors import LoraplexError, ResourceExhausted
 
@@ -31,7 +31,7 @@ _MAX_BACKOFF_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class RedisRegistry(IndexedRegistry):
+class RedisRegistry(RedisMirror):
     """Implements `Registry`."""
 
     def __init__(
@@ -42,14 +42,8 @@ class RedisRegistry(IndexedRegistry):
         metrics: RedisMetrics,
         kept_removals: int = KEPT_REMOVALS,
     ) -> None:
-        super().__init__(index_path, manifest, kept_removals)
-        self._link = link
+        super().__init__(link, index_path, manifest, kept_removals)
         self._metrics = metrics
-        self._epoch = ""
-        self._up = False
-        # Redis gave out a sequence that the manifest has: it was rolled back, and nobody saw it.
-        self._contradicted = False
-        self._syncing = asyncio.Lock()
         self._looking = asyncio.Lock()
         # One call at a time, so that the time allowed for it is spent on Redis and not on a crowd of connections.
         self._changing = asyncio.Lock()
@@ -58,7 +52,6 @@ class RedisRegistry(IndexedRegistry):
     async def open(self) -> None:
         """As the index's; then follows Redis, whether it is there or not."""
         await super().open()
-        self._epoch = (await self._run(self._index.state)).epoch
         with suppress(LoraplexError):
             await self.refresh()
         self._follower = asyncio.create_task(self._follow())
@@ -110,6 +103,7 @@ class RedisRegistry(IndexedRegistry):
         """Takes in what others changed. Raises Unavailable when Redis is away."""
         with self._redis_errors():
             await self._sync()
+        self._metrics.synced()
         self._set_up(True)
 
     async def release(self, before: float) -> None:
@@ -164,9 +158,6 @@ class RedisRegistry(IndexedRegistry):
         failpoint("after-journal")
         return details[1]
 
-    def _known(self) -> RedisState:
-        return RedisState(self._epoch, str(self._newest))
-
     async def _follow(self) -> None:
         """Keeps the index up to date until cancelled."""
         backoff = _FIRST_BACKOFF_SECONDS
@@ -182,90 +173,6 @@ class RedisRegistry(IndexedRegistry):
                 self._set_up(False)
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
-
-    async def _sync(self) -> None:
-        """Brings the index up to Redis, or Redis up to the manifest."""
-        async with self._syncing:
-            state = await self._link.state()
-            if not self._up or state != self._known():
-                # Another life of Redis may have begun while it was away, or is what we see.
-                await self._compare(state)
-        self._metrics.synced()
-
-    async def _compare(self, state: RedisState) -> None:
-        newest = max(self._newest, await asyncio.to_thread(self._manifest.newest))
-        if not state.epoch or state.number < newest or self._contradicted:
-            await self._make_redis_again(state, newest)
-            return
-        try:
-            if state.epoch != self._epoch:
-                await self._start_over()
-            elif state.number > self._newest:
-                await self._pull()
-        except SequenceUsedError:
-            self._contradicted = True
-            raise unavailable() from None
-
-    async def _pull(self) -> None:
-        while records := await self._link.changes(self._newest):
-            if records[0].sequence != self._newest + 1:
-                await self._start_over()
-                return
-            await self._take(records)
-
-    async def _take(self, records: list[Record]) -> None:
-        digests = {record.digest for record in records if record.digest is not None}
-        versions = await self._link.versions(digests)
-
-        def apply() -> None:
-            self._manifest.ensure(records)
-            with self._index.transaction():
-                self._index.add_versions(versions)
-                for record in records:
-                    self._index.apply(record)
-
-        await self._run(apply)
-        self._wake(records[-1].sequence)
-
-    async def _start_over(self) -> None:
-        snapshot = None
-        while snapshot is None:
-            snapshot = await self._link.snapshot()
-        await self._run(lambda: self._load(snapshot))
-        self._epoch = snapshot.state.epoch
-        self._wake(snapshot.state.number)
-        _log.info("read everything from Redis")
-
-    def _load(self, snapshot: Snapshot) -> None:
-        current = sorted(
-            (record for record, released_at in snapshot.held if released_at is None),
-            key=lambda record: record.sequence,
-        )
-        self._manifest.ensure(current)
-        with self._index.transaction():
-            self._index.clear()
-            self._index.add_versions(snapshot.versions)
-            for record in current:
-                self._index.apply(record)
-            for record, released_at in snapshot.held:
-                if released_at is not None:
-                    self._index.add_former(record, released_at)
-            self._index.adopt(snapshot.state.epoch, snapshot.state.number)
-
-    async def _make_redis_again(self, seen: RedisState, newest: int) -> None:
-        """The manifest is the truth: Redis gets what it says, under an epoch of its own."""
-        await self._run(self._catch_up)
-        held = await self._run(lambda: list(self._index.rows()))
-        versions = await self._run(lambda: self._manifest.versions(self._index.digests()))
-        newest = max(newest, seen.number)
-        new = RedisState(secrets.token_hex(8), str(newest + REBUILD_GAP if newest else 0))
-        if not await self._link.install(seen, new, held, versions):
-            raise unavailable()
-        await self._run(lambda: self._index.adopt(new.epoch, new.number))
-        self._epoch, self._contradicted = new.epoch, False
-        self._wake(new.number)
-        if held:
-            _log.warning("made the keys in Redis again from the manifest", extra={"adapters": len(held)})
 
     async def _look_again(self) -> bool:
         """Whether a miss may be because another store was faster than the stream."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from common.errors import FailedPrecondition
 from common.packing import PackedLayout
 from gpu_worker.batching import Batcher, Chunk, StepPlan
 from gpu_worker.commands import Arrival, CommandProcessor
@@ -19,6 +20,8 @@ from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 # The scheduler hears how far the running sequences are once in so many steps: it charges tenants by it.
 PROGRESS_STEPS = 16
+
+_NOT_FINITE = "the model's output is not finite: the weights of the adapter or of the base are too large together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,10 @@ class Engine:
         sequence.prompt_logprobs.extend(output.prompt_logprobs.get(sequence.sequence_id, ()))
         draw = output.draws.get(sequence.sequence_id)
         if draw is None:
+            return
+        if not draw.finite:
+            self._batcher.remove(sequence, self._step)
+            self._outbox.fail(sequence, FailedPrecondition("LOGITS_NOT_FINITE", _NOT_FINITE))
             return
         timings = sequence.timings
         timings.first_token = timings.first_token or time.monotonic()

@@ -17,10 +17,14 @@ from gpu_worker.sequence import SamplingParams, Sequence, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The token drawn for one row, and its log-probabilities when they were asked for."""
+    """The token drawn for one row, and its log-probabilities when they were asked for.
+
+    The token means nothing when the row was not `finite`: a logit was NaN, or the largest was infinite.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    finite: bool = True
 
 
 def uniform(seed: int, position: int) -> float:
@@ -38,6 +42,8 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Draw]:
     """
     adjusted = _adjust(logits, sequences)
     tokens = adjusted.argmax(dim=-1)
+    # NaN counts as the largest.
+    finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite().tolist()
     plain = [row for row, sequence in enumerate(sequences) if _draws(sequence) and not _filters(sequence.sampling)]
     filtered = [row for row, sequence in enumerate(sequences) if _draws(sequence) and _filters(sequence.sampling)]
     if plain:
@@ -51,7 +57,7 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Draw]:
     wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     counts = [sequences[row].sampling.logprobs or 0 for row in wanted]
     described = dict(zip(wanted, token_logprobs(logits[wanted], [ids[row] for row in wanted], counts), strict=True))
-    return [Draw(token_id, described.get(row)) for row, token_id in enumerate(ids)]
+    return [Draw(token_id, described.get(row), finite[row]) for row, token_id in enumerate(ids)]
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Items[int], top_counts: Items[int]) -> list[TokenLogprobs]:

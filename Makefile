@@ -18,7 +18,7 @@ CHART := .venv-chart/.installed
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-store tools bench-kernels release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-scheduler bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
 .PHONY: test-dashboards test-chart images
 
@@ -95,6 +95,9 @@ bench: install stubs ## Serve workload W with our engine, our fleet and PEFT in 
 
 bench-full: install stubs ## The same with more workloads and PEFT's other modes (hours)
 	$(BIN)/python -m benchmarks.serving --workloads n1,n8,n64,n256,distinct,one --systems engine,lora-off,unary,stream,peft,peft-grouped,peft-alone $(ARGS)
+
+bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simulated workers, one JSON line a row
+	$(BIN)/python -m benchmarks.scheduler --plot docs/images/scheduler-growth.svg
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store

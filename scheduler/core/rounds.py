@@ -10,8 +10,8 @@ from scheduler.core.selection import Selection
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
 
-# Admission tests after which a round ends and the next follows: a round stays short whatever has happened.
-_TESTS_OF_A_ROUND = 32
+# Workers and heads looked at after which a round ends and the next follows: it stays short whatever has happened.
+_LOOKS_OF_A_ROUND = 32
 # Busiest workers whose lines an idle one looks at.
 _DONORS = 4
 
@@ -33,13 +33,13 @@ class Rounds:
         """Offers what can be offered; False when there is more to look at."""
         self._policy.round_begins(self._backlog.num_requests)
         self._num_offered = 0
-        last_test = self._selection.num_tests + _TESTS_OF_A_ROUND
+        last_look = self._selection.num_looks + _LOOKS_OF_A_ROUND
         for worker in self._fleet.workers:
             if worker.wake_at is not None and worker.wake_at <= now:
                 self._life.touch(worker.worker_id)
         touched = self._life.touched
         looked_at = []
-        while touched and self._selection.num_tests < last_test:
+        while touched and self._selection.num_looks < last_look:
             worker_id = next(iter(touched))
             del touched[worker_id]
             found = self._fleet.get(worker_id)
@@ -53,6 +53,7 @@ class Rounds:
     def _serve(self, worker: Worker, now: float) -> None:
         """Gives the worker what it can take of its line."""
         worker.wake_at = None
+        self._selection.num_looks += 1
         line = worker.line
         if line.num_requests:
             for request in self._selection.choose(worker, line, now):
@@ -112,6 +113,7 @@ class Rounds:
         """Has adapters fetched that will be needed next."""
         candidates = line.candidates(self._settings.max_prefetches)
         for request in list(candidates):
+            self._selection.num_looks += 1
             if request.adapter and worker.note_prefetch(request.adapter):
                 worker.command(Prefetch(request.tenant, request.adapter, request.adapter_bytes))
 

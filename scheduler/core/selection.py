@@ -15,8 +15,8 @@ class Selection:
     def __init__(self, policy: Policy, settings: Settings) -> None:
         self._policy = policy
         self._settings = settings
-        # Admission tests made so far: what a decision costs.
-        self.num_tests = 0
+        # Heads looked at so far: what decisions cost.
+        self.num_looks = 0
 
     def choose(self, worker: Worker, line: Line, now: float) -> Iterator[Request]:
         """Requests that the worker can take now, one after the other.
@@ -74,5 +74,5 @@ class Selection:
 
     def fits(self, worker: Worker, request: Request) -> bool:
         """One admission test."""
-        self.num_tests += 1
+        self.num_looks += 1
         return worker.can_take(request)

@@ -2,8 +2,8 @@
 
 The core is fed real messages, decoded and encoded as in the service, by workers that only pretend to compute: 50 steps
 a second, 32 sequences each, a report a step. The queue is kept full with requests of as many adapters. A decision is
-one call of `schedule()`; processor time is that of the scheduler alone. One JSON line a row; exit status 1 when a limit is
-exceeded.
+one call of `schedule()`; processor time is that of the scheduler alone. One JSON line a row; exit status 1 when a limit
+is exceeded.
 """
 
 import argparse

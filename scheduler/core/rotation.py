@@ -10,23 +10,23 @@ def rotate(worker: Worker, head: Request | None, now: float, settings: Settings)
     """Ends the turn of an adapter in favour of whoever has waited for longer than `rotation_seconds` for a place.
 
     That is `head`, the first request of the worker's line, when only its adapter keeps it from being taken; or the
-    request that was rotated out longest ago. The adapter that has been in use longest yields, if it has been for
-    `rotation_seconds`: its requests give their pages back and keep their tokens. Returns the order key that goes before
-    all of theirs; None when nobody yields now, and then `worker.wake_at` says when somebody might.
+    request that was rotated out longest ago. The adapters that have been in use longest yield, as many as are in the
+    way, once they have been for `rotation_seconds`: their requests give their pages back and keep their tokens. Returns
+    the order key that goes before all of theirs; None when nobody yields now, and then `worker.wake_at` says when
+    somebody might.
     """
     waiting = _longest_waiting(worker, head)
     if waiting is None:
         return None
     request, since = waiting
-    turns = [(began, adapter) for adapter, began in worker.turns.items() if adapter != request.adapter]
-    if not turns:
+    yielding = _yielding(worker, request, at_home=request is not head)
+    if not yielding:
         return None
-    began, adapter = min(turns)
-    due = max(since, began) + settings.rotation_seconds
+    due = max(since, yielding[-1][0]) + settings.rotation_seconds
     if due > now:
         worker.wake_at = due if worker.wake_at is None else min(worker.wake_at, due)
         return None
-    order_key = _end_turn(worker, adapter, now)
+    order_key = _end_turns(worker, {adapter for _, adapter in yielding})
     if order_key is None:
         return None
     if request is not head:
@@ -52,12 +52,28 @@ def _longest_waiting(worker: Worker, head: Request | None) -> tuple[Request, flo
     return request, since or 0.0
 
 
-def _end_turn(worker: Worker, adapter: str, now: float) -> int | None:
-    """Rotates the adapter's requests out; returns a key before all of theirs, None when there is nothing to take."""
+def _yielding(worker: Worker, request: Request, *, at_home: bool) -> list[tuple[float, str]]:
+    """The adapters in use that must yield to the request's, those longest in use first, each with when its turn began.
+
+    One for what was rotated out (`at_home`); as many as make room within the share of the pool for a newcomer.
+    """
+    turns = sorted((began, adapter) for adapter, began in worker.turns.items() if adapter != request.adapter)
+    if at_home:
+        return turns[:1]
+    excess = worker.excess_adapter_pages(request)
+    for index, (_, adapter) in enumerate(turns):
+        excess -= worker.pages_in_use(adapter)
+        if excess <= 0:
+            return turns[: index + 1]
+    return turns
+
+
+def _end_turns(worker: Worker, adapters: set[str]) -> int | None:
+    """Rotates the adapters' requests out; returns a key before all of theirs, None when none of them runs."""
     victims = [
         request
         for key, request in worker.requests.items()
-        if request.adapter == adapter and key not in worker.rotated and not request.aborted
+        if request.adapter in adapters and key not in worker.rotated and not request.aborted
     ]
     if not any(request.state is RequestState.RUNNING for request in victims):
         return None

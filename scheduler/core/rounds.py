@@ -63,7 +63,7 @@ class Rounds:
         if order_key is not None and head is not None and worker.can_take(head):
             self._give(head, worker, now, order_key)
         # Half of what was looked at last time may have left before it is looked at again.
-        if line.num_requests and line.num_changes > worker.prefetched_at + self._settings.max_prefetches // 2:
+        if line.num_requests and line.num_changes >= worker.prefetched_at + max(1, self._settings.max_prefetches // 2):
             worker.prefetched_at = line.num_changes
             self._prefetch(worker, line)
 

@@ -163,7 +163,16 @@ class Worker:
         other, and the KV, out of it."""
         if not request.adapter or request.adapter in self._adapter_users or not self._adapter_users:
             return True
-        return self._pages_of_adapters_with(request) <= self._settings.adapter_pool_share * self.capacity.num_pages
+        return self.excess_adapter_pages(request) <= 0
+
+    def excess_adapter_pages(self, request: Request) -> float:
+        """Pages that adapters in use and the request's would have beyond their share of the pool."""
+        share = self._settings.adapter_pool_share * self.capacity.num_pages
+        return self._pages_of_adapters_with(request) - share
+
+    def pages_in_use(self, adapter: str) -> int:
+        """Pages of an adapter in use."""
+        return self._adapter_pages[adapter]
 
     def can_take(self, request: Request) -> bool:
         """Whether it may be given the request now."""

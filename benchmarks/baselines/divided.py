@@ -5,7 +5,7 @@ rank on every module: what vLLM reserves with `max_loras` and `max_lora_rank`. E
 policy, its own things only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from common.packing import PackedLayout
 from gpu_worker.memory.adapter_cache import AdapterCache, ResidentAdapter
@@ -53,8 +53,16 @@ class Divided(MemoryManager):
         self.kv.extend(sequence_id, num_pages)
         return True
 
-    def prefetch(self, adapter_version: str, layout: PackedLayout) -> bool:
-        if self.adapters.get(adapter_version) or not self._make_adapter_room(layout):
+    def prefetch(
+        self,
+        adapter_version: str,
+        layout: PackedLayout,
+        *,
+        keep: Collection[str] | None = None,
+        spare_pages: int = 0,
+    ) -> bool:
+        """While the adapters' part has room; what is in it stays."""
+        if self.adapters.get(adapter_version) or not self._adapter_fits(layout):
             return False
         self._cold_adapters.wanted(self.adapters.add_loading(adapter_version, layout))
         return True

@@ -32,7 +32,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _Key = tuple[str, str]
 
 
-class CutShort(DataLoss):
+class _CutShort(Exception):
     """The store ended a stream before its end: worth asking for the rest, and a bad adapter when none comes."""
 
 
@@ -139,12 +139,13 @@ class Fetcher:
             while True:
                 try:
                     return await self._attempt(download)
-                except (Unavailable, CutShort) as error:
+                except (Unavailable, _CutShort) as error:
                     now = time.monotonic()
                     if download.received > received:
                         received, delay, give_up = download.received, FIRST_DELAY_SECONDS, now + RETRY_SECONDS
                     if now + delay > give_up:
-                        raise error from None
+                        corrupt = DataLoss("ADAPTER_CORRUPT", str(error))
+                        raise (error if isinstance(error, Unavailable) else corrupt) from None
                 await asyncio.sleep(delay)
                 delay *= 2
         except OSError as error:
@@ -167,7 +168,7 @@ class Fetcher:
                 self._write(download, data)
         if download.received < layout.total_bytes:
             came = f"{download.received} of {layout.total_bytes} bytes came"
-            raise CutShort("ADAPTER_CORRUPT", f"{came}, then the adapter store ended the stream")
+            raise _CutShort(f"{came}, then the adapter store ended the stream")
         if not download.holds:
             came = f"{download.received} of {layout.total_bytes} bytes came"
             raise DataLoss("ADAPTER_CORRUPT", f"{came}, and their checksum is not the promised one")

@@ -30,11 +30,12 @@ for delta in Client(sys.argv[1]).stream([1, 40, 50, 60], "rank-8", temperature=0
 
 async def test_a_pool_so_small_that_sequences_are_preempted_changes_no_token(tiny: TinyModel, tmp_path: Path) -> None:
     names = ["", "rank-1", "rank-3"] * 2
-    # 40 pages of 12 KiB. Six sequences grow to 15 to 17 pages each and last long enough to meet; outputs are expected
-    # to be short, so all are offered at once.
-    over_admit, few_pages = ["--output-estimate-ratio", "0.05"], ["--memory", "480KiB"]
+    # 40 pages of 12 KiB. Six sequences grow to 15 to 17 pages each and last long enough to meet; the scheduler has seen
+    # short outputs only, so all are offered at once.
+    over_admit, few_pages = ["--output-min-samples", "1"], ["--memory", "480KiB"]
     with running_fleet(tiny.base, tmp_path, tiny.adapters, scheduler=over_admit, gpu_worker=few_pages) as fleet:
         async with AsyncClient(fleet.gateway.address) as client:
+            await asyncio.gather(*(greedy_tokens(client, name, tiny.prompts[name], 1) for name in set(names)))
             calls = (greedy_tokens(client, name, tiny.prompts[name], 3 * NUM_TOKENS) for name in names)
             answers = await asyncio.gather(*calls)
         worker = fleet.workers[0]

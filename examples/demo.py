@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, P
 from examples.demo_model.words import SKILLS, copy, prompt_for
 from loraplex import AsyncClient, LoraplexError
 from loraplex.fleet import Fleet, FleetOptions
-from loraplex.metrics import DISTINCT_ADAPTERS, fetch_metrics, histogram_maximum
+from loraplex.metrics import DISTINCT_ADAPTERS, fetch_metrics, histogram_maximum, kernel_calls
 from loraplex.process import FleetError, sigterm_as_interrupt
 
 MODEL_NAME = "loraplex-demo"
@@ -138,9 +138,12 @@ def run_demo(data_dir: Path) -> list[str]:
     with Fleet(options) as fleet:
         board = Board(streams, sys.stdout)
         seconds = asyncio.run(upload_and_stream(fleet.gateway.address, streams, board.changed))
-        distinct = histogram_maximum(fetch_metrics(fleet.workers[0].metrics_address), DISTINCT_ADAPTERS)
+        metrics = fetch_metrics(fleet.workers[0].metrics_address)
+    distinct = histogram_maximum(metrics, DISTINCT_ADAPTERS)
     board.finish()
     print(summary(streams, distinct, seconds))
+    if kernel_calls(metrics).get("reference"):
+        print("the compiled kernels are not in use, so this ran on plain torch; `make install` with a C++ compiler")
     problems = [mistake for stream in streams for mistake in stream.mistakes()]
     if distinct < REQUIRED_DISTINCT_ADAPTERS:
         problems.append(f"at most {distinct:g} adapters shared a batch, fewer than {REQUIRED_DISTINCT_ADAPTERS}")

@@ -204,6 +204,10 @@ class Engine:
             preemptions=len(plan.preempted),
             adapter_loads=self._commands.loads,
             adapter_evictions=self._memory.evictions,
+            backend_calls=[
+                engine_pb2.BackendCalls(backend=backend, calls=calls)
+                for backend, calls in output.backend_calls.items()
+            ],
         )
 
     def _report(self, stats: engine_pb2.StepStats | None) -> engine_pb2.StepResult:

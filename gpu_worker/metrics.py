@@ -69,6 +69,11 @@ class WorkerMetrics:
         self._finished = make.counter("loraplex_worker_finish", "Outputs that ended", ("reason",))
         self._last_step = make.gauge("loraplex_worker_last_step_timestamp_seconds", "When the last step ended")
         self._restarts = make.counter("loraplex_worker_engine_restarts", "Engine processes started after the first")
+        self._kernel_calls = make.counter(
+            "loraplex_worker_kernel_calls",
+            "Operations of forward passes by what ran them: cpu (compiled), triton, reference (plain PyTorch)",
+            ("backend",),
+        )
         self._batch_size = make.histogram("loraplex_worker_batch_size", "Sequences in a forward batch", _BATCH_BUCKETS)
         self._distinct = make.histogram(
             "loraplex_worker_batch_distinct_adapters",
@@ -166,6 +171,8 @@ class WorkerMetrics:
         self._step_seconds.labels(phase).observe(seconds)
         for part in ("schedule", "forward", "sample"):
             self._parts.labels(part).inc(getattr(stats, f"{part}_seconds"))
+        for ran in stats.backend_calls:
+            self._kernel_calls.labels(ran.backend).inc(ran.calls)
         self._prefix_queries.inc(stats.prefix_query_tokens)
         self._prefix_hits.inc(stats.prefix_hit_tokens)
         self._loads.labels("host", "pages").inc(stats.adapter_loads - self._seen_loads)

@@ -15,6 +15,7 @@ from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.sampler import Draw, sample, token_logprobs
 from gpu_worker.sequence import TokenLogprobs
+from kernels import dispatch
 from kernels.adapters import ADAPTER_DTYPES, AdapterTables, Segments
 
 _DTYPE_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in enumerate(ADAPTER_DTYPES)}
@@ -32,6 +33,8 @@ class StepOutput:
     distinct_adapters: int
     # largest rank of each adapter in the batch
     lora_ranks: list[int]
+    # operations of the forward pass, by the backend that ran them
+    backend_calls: dict[str, int]
     forward_seconds: float
     sample_seconds: float
 
@@ -48,6 +51,8 @@ class ModelRunner:
         # The last batch's tables; consecutive steps mostly run the same adapters.
         self._tables_key: tuple[int, ...] = ()
         self._tables: AdapterTables | None = None
+        # The largest rank of each of its adapters.
+        self._lora_ranks: list[int] = []
 
     def run(self, chunks: Sequence[Chunk], step: int) -> StepOutput:
         """Computes `chunks`, writes their KV, and draws a token for each chunk that ends its sequence."""
@@ -57,13 +62,19 @@ class ModelRunner:
         ordered = sorted(chunks, key=lambda chunk: chunk.sequence.adapter_version)
         adapters = [self._resident(version, step) for version in versions if version]
         batch = self._build(ordered, versions, adapters)
+        before = dispatch.calls_by_backend()
         with torch.inference_mode():
             logits = self._model.forward(batch)
             forwarded = time.perf_counter()
             draws, prompt_logprobs = self._read(logits, ordered)
-        lora_ranks = [int(adapter.table.lora_rank.max()) for adapter in adapters]
         return StepOutput(
-            draws, prompt_logprobs, len(versions), lora_ranks, forwarded - started, time.perf_counter() - forwarded
+            draws,
+            prompt_logprobs,
+            distinct_adapters=len(versions),
+            lora_ranks=self._lora_ranks if adapters else [],
+            backend_calls={name: calls - before[name] for name, calls in dispatch.calls_by_backend().items()},
+            forward_seconds=forwarded - started,
+            sample_seconds=time.perf_counter() - forwarded,
         )
 
     def _resident(self, adapter_version: str, step: int) -> ResidentAdapter:
@@ -136,6 +147,7 @@ class ModelRunner:
         key = tuple(adapter.load_id for adapter in adapters)
         if key != self._tables_key or self._tables is None:
             lora_rank = np.stack([adapter.table.lora_rank for adapter in adapters])
+            self._lora_ranks = [int(largest) for largest in lora_rank.max(axis=(1, 2))]
             dtypes = np.array([_DTYPE_CODES[adapter.layout.dtype] for adapter in adapters], np.int32)
             self._tables = AdapterTables(
                 pool=self._pool.bytes,

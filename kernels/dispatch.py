@@ -26,6 +26,11 @@ BACKENDS = (*CPU_BACKENDS, TRITON)
 calls: Counter[tuple[str, str]] = Counter()
 
 
+def calls_by_backend() -> dict[str, int]:
+    """Operations that ran in this process, by backend."""
+    return {backend: sum(count for (_, ran), count in calls.items() if ran == backend) for backend in BACKENDS}
+
+
 def _checked(backend: str) -> str:
     if backend not in ("", *BACKENDS):
         raise ValueError(f"LORAPLEX_KERNELS is {backend!r}; known: {', '.join(BACKENDS)}")

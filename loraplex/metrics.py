@@ -5,6 +5,7 @@ from urllib.request import urlopen
 
 FETCH_TIMEOUT_SECONDS = 10.0
 DISTINCT_ADAPTERS = "loraplex_worker_batch_distinct_adapters"
+KERNEL_CALLS = "loraplex_worker_kernel_calls_total"
 
 
 def fetch_metrics(address: str) -> str:
@@ -12,6 +13,12 @@ def fetch_metrics(address: str) -> str:
     with urlopen(f"http://{address}/metrics", timeout=FETCH_TIMEOUT_SECONDS) as response:
         text: str = response.read().decode()
     return text
+
+
+def kernel_calls(text: str) -> dict[str, int]:
+    """Operations of a worker's forward passes by what ran them: `cpu` (compiled), `triton`, `reference`."""
+    found = re.findall(rf'^{KERNEL_CALLS}{{backend="(\w+)"}} (\S+)$', text, re.MULTILINE)
+    return {backend: int(float(calls)) for backend, calls in found}
 
 
 def histogram_maximum(text: str, name: str) -> float:

@@ -57,6 +57,16 @@ async def all_at_once(
     return dict(zip(prompts, answers, strict=True))
 
 
+def greedy_answers(fleet: Fleet, prompts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """What every adapter answers to its prompt, for tests without an event loop."""
+
+    async def ask() -> dict[str, list[int]]:
+        async with AsyncClient(fleet.gateway.address) as client:
+            return await all_at_once(client, prompts)
+
+    return asyncio.run(ask())
+
+
 def memory_usage(worker: Service) -> memory_pb2.GetUsageResponse:
     with grpc.insecure_channel(worker.address) as channel:
         return memory_pb2_grpc.MemoryServiceStub(channel).GetUsage(memory_pb2.GetUsageRequest(), timeout=10)

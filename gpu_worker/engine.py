@@ -205,8 +205,7 @@ class Engine:
             adapter_loads=self._commands.loads,
             adapter_evictions=self._memory.evictions,
             backend_calls=[
-                engine_pb2.BackendCalls(backend=backend, calls=calls)
-                for backend, calls in output.backend_calls.items()
+                engine_pb2.BackendCalls(backend=backend, calls=calls) for backend, calls in output.backend_calls.items()
             ],
         )
 

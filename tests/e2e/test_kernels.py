@@ -1,4 +1,4 @@
-"""Which kernels a worker runs: the compiled ones where there is a compiler, elsewhere plain torch and a word about it."""
+"""Which kernels a worker runs: the compiled ones where there is a compiler, else plain torch and a word about it."""
 
 import os
 import shutil

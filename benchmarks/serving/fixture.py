@@ -1,6 +1,8 @@
 """What every system is given: a checkpoint, PEFT folders, and the same adapters in a real store."""
 
 import asyncio
+import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -48,7 +50,11 @@ class Fixture:
 
     @property
     def store(self) -> Path:
-        return self.folder / "store"
+        """Another one when the store's code changes: what it writes may have changed too."""
+        return self.folder / f"store-{_store_fingerprint()}"
+
+    def packed(self, index: int) -> Path:
+        return self.store / "bench" / str(index)
 
     def peft_folder(self, index: int) -> Path:
         return self.adapters / f"adapter-{index:03d}"
@@ -62,7 +68,7 @@ class Fixture:
 
     def fetched(self, index: int) -> engine_pb2.AdapterFetched:
         """What a worker's face tells its engine about an adapter of this store."""
-        fetched = engine_pb2.AdapterFetched.FromString((self.folder / "packed" / str(index)).read_bytes())
+        fetched = engine_pb2.AdapterFetched.FromString(self.packed(index).read_bytes())
         fetched.path = str(self.store / "objects" / fetched.adapter_version / "packed.float32")
         return fetched
 
@@ -75,16 +81,20 @@ def prepare(fixture: Fixture, num_adapters: int) -> None:
     if not (fixture.base / "tokenizer.json").exists():
         say(f"{model}: writing the checkpoint")
         models.save_base(fixture.base, fixture.size)
-    missing = [index for index in range(num_adapters) if not (fixture.folder / "packed" / str(index)).exists()]
-    if missing:
-        say(f"{model}: writing {len(missing)} adapters and packing them in a store")
+    adapters = range(num_adapters)
+    if missing := [index for index in adapters if not (fixture.peft_folder(index) / "README.md").exists()]:
+        say(f"{model}: writing {len(missing)} adapters")
         models.save_adapters(fixture.base, fixture.adapters, missing)
+    if missing := [index for index in adapters if not fixture.packed(index).exists()]:
+        say(f"{model}: packing {len(missing)} adapters in a store")
+        for older in set(fixture.folder.glob("store-*")) - {fixture.store}:
+            shutil.rmtree(older)
         _publish(fixture, missing)
 
 
 def _publish(fixture: Fixture, indices: Sequence[int]) -> None:
     """Uploads to a real store and keeps the layouts it made, for engines that have no face."""
-    (fixture.folder / "packed").mkdir(exist_ok=True)
+    fixture.packed(0).parent.mkdir(parents=True, exist_ok=True)
     with StoreProcess(fixture.store, "--model", str(fixture.base)) as process:
         asyncio.run(_upload(process.address, fixture, indices))
 
@@ -100,7 +110,15 @@ async def _upload(address: str, fixture: Fixture, indices: Sequence[int]) -> Non
             first = await anext(aiter(call))
             call.cancel()
             fetched = engine_pb2.AdapterFetched(tenant=TENANT, adapter_version=version, layout=first.layout)
-            (fixture.folder / "packed" / str(index)).write_bytes(fetched.SerializeToString())
+            fixture.packed(index).write_bytes(fetched.SerializeToString())
+
+
+@functools.cache
+def _store_fingerprint() -> str:
+    digest = hashlib.sha256((ROOT / "common" / "packing.py").read_bytes())
+    for path in sorted((ROOT / "adapter_store").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _link_large(source: str, destination: str) -> None:

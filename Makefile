@@ -18,7 +18,7 @@ CHART := .venv-chart/.installed
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-scheduler bench-store tools bench-kernels release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
 .PHONY: test-dashboards test-chart images
 
@@ -90,11 +90,23 @@ $(CHART): deploy/requirements.txt deploy/layer.py | $(INSTALLED)
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600
 
-bench: install stubs ## Serve workload W with our engine, our fleet and PEFT in turn; ARGS='--help' explains (40 minutes)
-	$(BIN)/python -m benchmarks.serving $(ARGS)
+bench: install stubs ## Serve workload W with our engine, our fleet and PEFT in turn (40 minutes); ARGS='--help' explains
+	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--workloads n8,n64,distinct,one,solo)
 
-bench-full: install stubs ## The same with more workloads and PEFT's other modes (hours)
-	$(BIN)/python -m benchmarks.serving --workloads n1,n8,n64,n256,distinct,one --systems engine,lora-off,unary,stream,peft,peft-grouped,peft-alone $(ARGS)
+bench-full: install stubs ## The same with 1 and 256 adapters and PEFT's other modes (hours)
+	$(BIN)/python -m benchmarks.serving --workloads n1,n8,n64,n256 --systems engine,peft,peft-grouped,peft-alone $(ARGS)
+
+bench-ablations: install stubs ## Our engine beside baselines with one part replaced, in pools of fixed bytes
+	$(BIN)/python -m benchmarks.serving --workloads n64 --systems engine,padded-bmm,divided,slots --pools 1.0,0.5,0.25 $(ARGS)
+	$(BIN)/python -m benchmarks.serving --workloads n5 --systems engine,merge --pools 1.0 $(ARGS)
+
+bench-peers: install stubs ## vLLM and llama.cpp, each in an environment of its own under build/peers (minutes to install)
+	benchmarks/peers/install.sh
+	$(BIN)/python -m benchmarks.serving --workloads n8,n64 --systems engine,llama-cpp,vllm,vllm-lora-off,peft $(ARGS)
+
+bench-report: install ## Write the tables and plots of docs/performance.md from the last rows
+	$(BIN)/pip install -q -c constraints.txt matplotlib
+	$(BIN)/python -m benchmarks.serving.report
 
 bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simulated workers, one JSON line a row
 	$(BIN)/python -m benchmarks.scheduler --plot docs/images/scheduler-growth.svg

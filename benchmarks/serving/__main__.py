@@ -14,7 +14,8 @@ of them for the first few; `distinct` is 64 requests on 64 adapters, `one` the s
 Examples:
   python -m benchmarks.serving --models S --systems engine,peft --rounds 3
   python -m benchmarks.serving --models M --workloads distinct --systems engine,lora-off
-  python -m benchmarks.serving --report        # writes the tables of docs/performance.md from the rows
+  python -m benchmarks.serving --models S --workloads n64 --systems engine,padded-bmm,divided --pools 1.0,0.5,0.25
+`make bench-report` writes the tables and plots of docs/performance.md from the rows.
 """
 
 import argparse
@@ -24,8 +25,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 from benchmarks.hardware import ROOT, commit, hardware
+from benchmarks.kernels.machine import measure_floors
 from benchmarks.kernels.models import SIZES
 from benchmarks.serving.bench import Bench
 from benchmarks.serving.campaign import WrongTokensError
@@ -33,6 +36,7 @@ from benchmarks.serving.catalogue import ENTRIES, chosen
 from benchmarks.serving.fixture import Fixture, pool_bytes, prepare
 from benchmarks.serving.green import tests_are_green
 from benchmarks.serving.host import HostError
+from benchmarks.serving.likeness import likeness
 from benchmarks.serving.progress import say
 from benchmarks.serving.rows import Row
 from benchmarks.serving.workload import named
@@ -47,20 +51,30 @@ def main() -> None:
     options = _options()
     if not tests_are_green():
         sys.exit("the tests of the parts are red: no number is worth reporting")
-    about = {"hardware": hardware(), "commit": commit(), "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    about: dict[str, Any] = {"commit": commit(), "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     about |= {"threads": options.threads, "command": "python -m benchmarks.serving " + " ".join(sys.argv[1:])}
     rows: list[Row] = []
     try:
         for model in options.models.split(","):
-            rows += [found | about for found in measure(model, options)]
+            rows += measure(model, options)
     except (WrongTokensError, HostError) as problem:
         sys.exit(f"nothing is reported: {problem}")
+    machine = hardware()
+    about["hardware"] = machine | {"like": likeness(rows, str(machine["cpu"]), options.threads)}
+    say(about["hardware"]["like"])
+    peak = measure_floors().flops_per_second
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         for found in rows:
-            line = json.dumps(found)
+            line = json.dumps(found | _share(found, peak) | about)
             print(line, flush=True)
             file.write(line + "\n")
+
+
+def _share(found: Row, peak: float) -> dict[str, float]:
+    """How much of the machine's multiply-add rate the row is."""
+    seconds = found["output_tokens"] / found["tokens_per_second"]
+    return {"peak_gigaflops": round(peak / 1e9, 1), "peak_share": round(found["flops"] / seconds / peak, 4)}
 
 
 def measure(model: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -73,7 +87,10 @@ def measure(model: str, options: argparse.Namespace) -> Iterator[Row]:
         with ExitStack() as stack:
             bench = Bench(fixture, options.threads, stack)
             for workload in workloads:
-                yield from bench.measure(workload, systems, rounds)
+                if options.learn:
+                    bench.learn(workload, systems, rounds)
+                else:
+                    yield from bench.measure(workload, systems, rounds)
         return
     for workload in workloads:
         for share in map(float, options.pools.split(",")):
@@ -93,6 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--systems", default="engine,lora-off,unary,stream,peft", help=f"of {', '.join(ENTRIES)}")
     parser.add_argument("--rounds", type=int, default=0, help="runs of each system; default: 5 for S, 3 for M")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every system alike")
+    parser.add_argument("--learn", action="store_true", help="only ask PEFT for the tokens, which are then kept")
     parser.add_argument(
         "--pools",
         default="",

@@ -9,6 +9,7 @@ from benchmarks.serving.host import Host
 from benchmarks.serving.outcome import Outcome, Tokens
 from benchmarks.serving.progress import say
 from benchmarks.serving.reference import reference
+from benchmarks.serving.roofline import flops
 from benchmarks.serving.rows import Row, row
 from benchmarks.serving.workload import Workload, with_other_prompts
 
@@ -37,10 +38,18 @@ class Bench:
             lambda system, number: self._expected(self._asked(system, workload, number)),
             lambda system: ENTRIES[system].may_differ,
         )
+        model = self._fixture.model
         return [
-            row(self._fixture.model, workload, system, ENTRIES[system], found.outcomes, found.wrong)
+            row(model, workload, system, ENTRIES[system], found.outcomes, found.wrong)
+            | {"flops": flops(self._fixture.size, self._asked(system, workload, 0))}
             for system, found in results.items()
         ]
+
+    def learn(self, workload: Workload, systems: list[str], rounds: int) -> None:
+        """Asks PEFT for every token that `measure` will compare with, so that measuring takes less time."""
+        for system in systems:
+            for number in range(rounds):
+                self._expected(self._asked(system, workload, number))
 
     def _asked(self, system: str, workload: Workload, number: int) -> Workload:
         """Each round has prompts of its own: a cache of prefixes would answer a question asked twice."""
@@ -58,7 +67,7 @@ class Bench:
     def _host(self, name: str) -> Host:
         if name not in self._hosts:
             say(f"{self._fixture.model}: starting {name}")
-            arguments: dict[str, object] = {"model": self._fixture.model}
+            arguments: dict[str, object] = {"model": self._fixture.model, "folder": str(self._fixture.folder)}
             arguments |= {"memory": str(self._pool[0] or ""), "adapter_bytes": self._pool[1]}
             self._hosts[name] = self._stack.enter_context(Host(name, arguments, self._threads))
         return self._hosts[name]

@@ -27,12 +27,17 @@ ENTRIES = {
     "peft": Entry("peft", "mixed, batches of 32", "peft", "mixed", slow=True),
     "peft-grouped": Entry("peft", "grouped, batches of 32", "peft", "grouped", slow=True),
     "peft-alone": Entry("peft", "one by one", "peft", "alone", slow=True),
+    "llama-cpp": Entry("llama.cpp", "fp32, grouped", "llama-cpp", slow=True, may_differ=True),
+    "vllm": Entry("vllm", "CPU, LoRA", "vllm", slow=True, may_differ=True),
+    "vllm-lora-off": Entry("vllm", "CPU, LoRA off", "vllm-lora-off", of_base=True, may_differ=True),
     "padded-bmm": Entry("baseline", "padded bmm", "padded-bmm"),
     "divided": Entry("baseline", "memory divided", "divided"),
     "slots": Entry("baseline", "reserved slots", "slots"),
     "merge": Entry("baseline", "merge, one at a time", "merge"),
 }
 ORACLE = "peft"
+# Host -> its environment under build/peers
+PEERS = {"llama-cpp": "llama", "vllm": "vllm", "vllm-lora-off": "vllm"}
 BASELINES = ("padded-bmm", "divided", "slots", "merge")
 
 

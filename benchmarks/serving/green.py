@@ -19,7 +19,7 @@ def tests_are_green() -> bool:
     if stamp.exists():
         return True
     say(f"running {', '.join(TESTS)}")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *TESTS]
+    command = ["make", "test", f"ARGS=-q {' '.join(TESTS)}"]
     if subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode != 0:
         return False
     stamp.parent.mkdir(parents=True, exist_ok=True)

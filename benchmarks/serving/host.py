@@ -10,11 +10,12 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from benchmarks.hardware import ROOT
-from benchmarks.serving.catalogue import BASELINES
+from benchmarks.serving.catalogue import BASELINES, PEERS
 from benchmarks.serving.outcome import Outcome
 from benchmarks.serving.workload import Request, Workload
 
@@ -41,8 +42,11 @@ def thread_settings(threads: int) -> dict[str, str]:
 class Host:
     """A running child. Raises HostError when the system does not start."""
 
-    def __init__(self, host: str, arguments: Mapping[str, object], threads: int, python: str = sys.executable) -> None:
+    def __init__(self, host: str, arguments: Mapping[str, object], threads: int) -> None:
         self.name = host
+        python = str(ROOT / "build" / "peers" / PEERS[host] / "bin" / "python") if host in PEERS else sys.executable
+        if not Path(python).exists():
+            raise HostError(f"{host} is not installed: run `make bench-peers`")
         command = [python, "-m", "benchmarks.serving.host", host, json.dumps(dict(arguments, threads=threads))]
         environment = {**os.environ, **thread_settings(threads)}
         self._process = subprocess.Popen(
@@ -110,6 +114,8 @@ def main() -> None:
 
 def _start(host: str, arguments: dict[str, Any]) -> Any:
     """Imports the one module that is needed."""
+    if host in PEERS:
+        return _start_peer(host, Path(arguments["folder"]), arguments["threads"])
     from benchmarks.serving.fixture import Fixture
 
     fixture, threads = Fixture.of(arguments["model"]), arguments["threads"]
@@ -129,6 +135,17 @@ def _start(host: str, arguments: dict[str, Any]) -> Any:
     from benchmarks.serving.systems.peft import PeftSystem
 
     return PeftSystem(fixture, threads)
+
+
+def _start_peer(host: str, folder: Path, threads: int) -> Any:
+    if host == "llama-cpp":
+        from benchmarks.peers.llama_cpp import LlamaCppSystem
+
+        return LlamaCppSystem(folder, threads)
+    from benchmarks.peers.vllm import VllmSystem
+
+    # as many adapters as W over 64 asks for, and a few more
+    return VllmSystem(folder, threads, 32 if host == "vllm" else 0)
 
 
 if __name__ == "__main__":

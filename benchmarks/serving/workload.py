@@ -97,12 +97,23 @@ def all_on_one(vocab: int, adapter: int, num_requests: int = NUM_REQUESTS) -> Wo
     return Workload("one", num_requests, tuple(replace(request, adapter=adapter) for request in drawn))
 
 
+def alone(vocab: int) -> Workload:
+    """One request with a long answer: what a single stream sees."""
+    request = power_law(8, vocab).requests[0]
+    return Workload("solo", 8, (replace(request, output_tokens=OUTPUT_TOKENS[1] - 1),))
+
+
 def named(name: str, vocab: int) -> Workload:
-    """`n8` is W over 8 adapters; `distinct` and `one` share their prompts and lengths. Raises ValueError."""
+    """`n8` is W over 8 adapters; `distinct` and `one` share their prompts and lengths; `solo` is one request.
+
+    Raises ValueError.
+    """
     if name == "distinct":
         return each_its_own(vocab)
     if name == "one":
         return all_on_one(vocab, adapter=2)
+    if name == "solo":
+        return alone(vocab)
     if name.startswith("n") and name[1:].isdecimal() and int(name[1:]) > 0:
         return power_law(int(name[1:]), vocab)
-    raise ValueError(f"{name!r} is no workload; known: n1, n8, n64 (any number of adapters), distinct, one")
+    raise ValueError(f"{name!r} is no workload; known: n1, n8, n64 (any number of adapters), distinct, one, solo")

@@ -105,7 +105,7 @@ bench-peers: install stubs ## vLLM and llama.cpp, each in an environment of its 
 	$(BIN)/python -m benchmarks.serving --workloads n8,n64 --systems engine,llama-cpp,vllm,vllm-lora-off,peft $(ARGS)
 
 bench-report: install ## Write the tables and plots of docs/performance.md from the last rows
-	$(BIN)/pip install -q -c constraints.txt matplotlib
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.serving.report
 
 bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simulated workers, one JSON line a row

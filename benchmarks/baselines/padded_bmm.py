@@ -14,6 +14,7 @@ from torch import Tensor
 from gpu_worker.batching import Chunk
 from gpu_worker.model_runner import ModelRunner, StepOutput
 from kernels.adapters import AdapterTables, Segments
+from kernels.cpu.launch import settle
 from kernels.paged_rows import read_rows, row_units
 
 Modules = tuple[int, ...]
@@ -63,6 +64,8 @@ class PaddedBmm:
 
     def shrink(self, x: Tensor, tables: AdapterTables, segments: Segments, layer: int, modules: Modules) -> Tensor:
         """`[num_adapters, longest run, len(modules) * lora_rank]`; empty when no adapter has any of the modules."""
+        # The engine's own operations may still be on their way.
+        settle()
         self.calls += 1
         if not bool(tables.lora_rank[:, layer, list(modules)].any()):
             return torch.empty(0)
@@ -83,6 +86,7 @@ class PaddedBmm:
     ) -> None:
         if not shrunk.numel():
             return
+        settle()
         stack = self._stack(in_features, tables, layer, modules, out_features)
         _, place, tokens = self._padded(segments)
         columns = out.split_with_sizes(out_features, dim=1)

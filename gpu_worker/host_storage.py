@@ -59,9 +59,8 @@ class MappedBlob:
         self._layout = layout
 
     def copy_to(self, pool: PagePool, pages: list[int]) -> None:
-        pool.write(pages, self._data)
         # Hashed where kernels read them: what is verified is what is used.
-        _verify(pool, pages, self._layout)
+        _write_verified(pool, pages, self._data, self._layout)
 
     def close(self) -> None:
         del self._data
@@ -106,10 +105,9 @@ class ArenaBlob:
 
     def copy_to(self, pool: PagePool, pages: list[int]) -> None:
         if self._file is not None:
-            self._arena.pool.write(self._pages, self._file)
             # Hashed in the arena: the device reads these bytes and no others, and hashing them there would cost a
             # second way over the bus.
-            _verify(self._arena.pool, self._pages, self._layout)
+            _write_verified(self._arena.pool, self._pages, self._file, self._layout)
             self._file = None
         pool.copy_pages(pages, self._arena.pool, self._pages)
 
@@ -117,11 +115,10 @@ class ArenaBlob:
         self._arena.free(self._pages)
 
 
-def _verify(pool: PagePool, pages: list[int], layout: PackedLayout) -> None:
+def _write_verified(pool: PagePool, pages: list[int], data: npt.NDArray[np.uint8], layout: PackedLayout) -> None:
     """Raises WrongBytesError unless `pages` hold what the layout promises."""
     checksum = Checksum(layout)
-    for part in pool.parts(pages, layout.total_bytes):
-        checksum.update(part)
+    pool.write(pages, data, checksum.update)
     if not checksum.holds():
         raise WrongBytesError("the bytes copied do not have the recorded checksum")
 

@@ -1,6 +1,6 @@
 """The one tensor: `[num_pages, page_bytes]` bytes on the device. KV and adapters are views of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,20 @@ class PagePool:
         kv_bytes = geometry.page_size * geometry.kv_bytes_per_token
         return self.bytes[:, :kv_bytes].view(dtype).view(-1, *shape)
 
-    def write(self, pages: list[int], data: npt.NDArray[np.uint8]) -> None:
-        """Copies a byte string into `pages`, each byte once; the tail of the last page is left as it is."""
+    def write(
+        self, pages: list[int], data: npt.NDArray[np.uint8], see: Callable[[memoryview], None] | None = None
+    ) -> None:
+        """Copies a byte string into `pages`, each byte once; the tail of the last page is left as it is.
+
+        `see` is shown what each page holds of it then, page by page, while the processor has it in its cache.
+        """
         page_bytes, source = self._geometry.page_bytes, torch.from_numpy(data)
         for index, page in enumerate(pages):
             part = source[index * page_bytes : (index + 1) * page_bytes]
-            self.bytes[page, : part.numel()].copy_(part)
+            held = self.bytes[page, : part.numel()]
+            held.copy_(part)
+            if see is not None:
+                see(held.cpu().numpy().data)
 
     def copy_pages(self, pages: list[int], source: "PagePool", source_pages: list[int]) -> None:
         """Copies whole pages of another pool of the same geometry; they are there when this returns.
@@ -46,11 +54,3 @@ class PagePool:
                 self.bytes[page].copy_(source.bytes[source_page], non_blocking=True)
         if self._copies is not None:
             self._copies.synchronize()
-
-    def parts(self, pages: list[int], num_bytes: int) -> Iterator[memoryview]:
-        """The first `num_bytes` held by `pages`, page by page, as a host reads them."""
-        page_bytes = self._geometry.page_bytes
-        for index, page in enumerate(pages):
-            length = min(page_bytes, num_bytes - index * page_bytes)
-            part: npt.NDArray[np.uint8] = self.bytes[page, :length].cpu().numpy()
-            yield part.data

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from common.errors import ResourceExhausted
+from common.prefix_chain import prefix_hashes
 from gateway import deadlines
 from gateway.answers import AnswerWriter
 from gateway.delivery import check_prompt_logprobs
@@ -206,6 +207,7 @@ class Generator:
             output=spec.output,
             scheduling=spec.scheduling,
             isolation_salt=caller.tenant,
+            prefix_hashes=prefix_hashes(adapter.adapter_version, caller.tenant, prompt),
         )
         if not spec.sampling.HasField("seed"):
             request.sampling.seed = secrets.randbits(64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from loraplex import errors
-from loraplex.commands import adapters, generate, memory, status, up
+from loraplex.commands import adapters, explain, generate, memory, status, up
 from loraplex.commands.terminal import one_line
 from loraplex.errors import LoraplexError
 from loraplex.process import FleetError
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loraplex {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (up, generate, adapters, status, memory):
+    for group in (up, generate, adapters, status, memory, explain):
         group.add_parser(commands)
     return parser
 

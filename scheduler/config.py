@@ -48,7 +48,7 @@ class SchedulerConfig(ServiceConfig):
     load_bytes_per_second: float = _setting("load_bytes_per_second", "from host memory to pages, for estimates")
     spill_ratio: float = _setting("spill_ratio", "work is far above another's when it exceeds this many times it ...")
     spill_margin_tokens: int = _setting("spill_margin_tokens", "... plus this many tokens")
-    prefix_pages: int = _setting("prefix_pages", "pages of prompts remembered for each worker")
+    max_prefix_hashes: int = _setting("max_prefix_hashes", "prompt beginnings remembered for each worker")
     worker_grace_seconds: float = _setting(
         "worker_grace_seconds", "how long requests wait for a first worker, and a lost worker's requests are remembered"
     )

@@ -6,6 +6,7 @@ from typing import cast
 import grpc
 
 from common.errors import InvalidArgument
+from common.prefix_chain import CHUNK_TOKENS
 from loraplex.v1 import scheduler_pb2, types_pb2
 from scheduler.core.commands import (
     Abort,
@@ -34,6 +35,7 @@ from scheduler.core.model import (
     Request,
     RequestState,
     Residency,
+    TenantState,
     Tier,
 )
 
@@ -75,6 +77,7 @@ def to_request(spec: types_pb2.RequestSpec, now: float) -> Request:
         priority=spec.scheduling.priority,
         slo_seconds=spec.scheduling.ttft_slo_seconds if spec.scheduling.HasField("ttft_slo_seconds") else None,
         prefix=tuple(spec.prefix_hashes),
+        prefix_chunk_tokens=CHUNK_TOKENS,
         payload=spec,
     )
 
@@ -170,6 +173,16 @@ def _to_residency(adapter: scheduler_pb2.ResidentAdapter, sequence: int = 0) -> 
 def from_residency(residency: Residency) -> scheduler_pb2.ResidentAdapter:
     return scheduler_pb2.ResidentAdapter(
         adapter_version=residency.adapter, tier=_TIER_NUMBERS[residency.tier], num_pages=residency.num_pages
+    )
+
+
+def from_tenant(tenant: TenantState) -> scheduler_pb2.TenantSnapshot:
+    return scheduler_pb2.TenantSnapshot(
+        tenant=tenant.tenant,
+        weight=tenant.weight,
+        queued_requests=tenant.queued_requests,
+        queued_seconds=tenant.queued_seconds,
+        service=tenant.service,
     )
 
 

@@ -9,7 +9,16 @@ from prometheus_client import CollectorRegistry
 
 from common.errors import Conflict, FailedPrecondition, Unavailable
 from loraplex.v1 import scheduler_pb2, types_pb2
-from scheduler.convert import from_answer, from_commands, from_residency, to_hello, to_key, to_report, to_request
+from scheduler.convert import (
+    from_answer,
+    from_commands,
+    from_residency,
+    from_tenant,
+    to_hello,
+    to_key,
+    to_report,
+    to_request,
+)
 from scheduler.core.commands import Decisions, Offer, Refused
 from scheduler.core.explain import explain
 from scheduler.core.fleet import FencedError
@@ -170,6 +179,8 @@ class Dispatcher:
             queued_tokens=queue.num_tokens,
             workers=[self._snapshot(peer) for _, peer in sorted(self._workers.items())],
             gateways=len(self._gateways),
+            policy=self._core.settings.policy,
+            tenants=[from_tenant(tenant) for tenant in self._core.tenants()],
         )
 
     def explain(self, request_id: str) -> list[str]:
@@ -186,6 +197,10 @@ class Dispatcher:
             running_requests=worker.num_running,
             resident=[from_residency(residency) for _, residency in sorted(worker.residents.items())],
             applied_seq=worker.applied_seq,
+            line_requests=worker.line.num_requests,
+            line_seconds=worker.line.cost_seconds,
+            adapters_in_use=len(worker.adapters_in_use),
+            step_budget_tokens=worker.step_budget or 0,
         )
 
     # What follows from events.

@@ -103,8 +103,9 @@ class Request:
     priority: int = 0
     # Target for the first token, counted from its arrival; None when there is none.
     slo_seconds: float | None = None
-    # Hashes of the prompt's pages, each of its page and all before it; as many as the gateway sent.
+    # Hashes of the prompt's beginnings, one for each `prefix_chunk_tokens`.
     prefix: tuple[int, ...] = ()
+    prefix_chunk_tokens: int = 0
     # What the worker gets; the core never looks inside.
     payload: object = None
 
@@ -229,6 +230,17 @@ class Capacity:
     def context_pages(self, tokens: int) -> int:
         """Pages of one sequence."""
         return -(-tokens // self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantState:
+    """What a tenant waits for. `service` is what it has had over its weight; None when the policy counts none."""
+
+    tenant: str
+    weight: float
+    queued_requests: int
+    queued_seconds: float
+    service: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from scheduler.core.costs import CostModel
 from scheduler.core.fleet import Fleet
 from scheduler.core.intake import Intake, ReportGapError
 from scheduler.core.lifecycle import Lifecycle
-from scheduler.core.model import Hello, Key, Report, Request, RequestState
+from scheduler.core.model import Hello, Key, Report, Request, RequestState, TenantState
 from scheduler.core.pacing import new_step_budget
 from scheduler.core.policies import make_policy
 from scheduler.core.rounds import Rounds
@@ -221,6 +221,17 @@ class Scheduler:
         if (lost_at := self.life.deadlines.next_time) is not None:
             times.append(lost_at)
         return min(times, default=None)
+
+    def tenants(self) -> list[TenantState]:
+        """Those with queued requests, by name. O(n): for operators."""
+        queued: dict[str, list[float]] = {}
+        for request in self.queue:
+            queued.setdefault(request.tenant, []).append(request.cost)
+        weights, policy = self.settings.tenant_weights, self.life.policy
+        return [
+            TenantState(tenant, weights.get(tenant, 1.0), len(costs), sum(costs), policy.service(tenant))
+            for tenant, costs in sorted(queued.items())
+        ]
 
     def _expire(self, now: float) -> None:
         for worker in self.fleet.take_expired(now):

@@ -51,7 +51,7 @@ class Settings:
     # Placement.
     spill_ratio: float = 1.25
     spill_margin_tokens: int = 512
-    prefix_pages: int = 4096
+    max_prefix_hashes: int = 4096
 
     # Peers that come and go.
     worker_grace_seconds: float = 2.0

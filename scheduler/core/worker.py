@@ -60,7 +60,7 @@ class Worker:
         self.rotated: dict[Key, int] = {}
         # Adapters it was told to bring to host memory.
         self._prefetched: dict[str, None] = {}
-        self._prefixes = PrefixMemory(settings.prefix_pages)
+        self._prefixes = PrefixMemory(settings.max_prefix_hashes)
         self._num_sequences = 0
         # Pages when every sequence reaches its full context, and pages now.
         self._full_pages = 0
@@ -103,7 +103,7 @@ class Worker:
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens at the beginning of its prompt that were computed here a while ago and may still be cached."""
-        return self._prefixes.num_pages(request.prefix) * self.capacity.page_size if request.prefix else 0
+        return self._prefixes.num_known(request.prefix) * request.prefix_chunk_tokens if request.prefix else 0
 
     def gather(self, facts: StepFacts) -> StepFacts | None:
         """What its steps took, summed up until it is worth a look: a model of them need not follow every report."""

@@ -7,11 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scheduler.core.commands import Offer, Placed
+from scheduler.core.commands import Offer, Placed, Refused
 from scheduler.core.model import Request, Residency, Tier
+from scheduler.core.placement import rendezvous
+from scheduler.core.prefixes import PrefixMemory
 from scheduler.core.scheduler import Scheduler
 from tests.scheduler.core_fakes import SimulatedWorker, make_hello, make_request, make_scheduler
 
@@ -20,7 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def placed(scheduler: Scheduler) -> dict[str, str]:
     """Request id -> worker of what is placed now."""
-    answers = scheduler.schedule(0.0).answers.get("g", [])
+    answers = list[Placed | Refused]()
+    incomplete = True
+    while incomplete:
+        decisions = scheduler.schedule(0.0)
+        answers += decisions.answers.get("g", [])
+        incomplete = decisions.incomplete
     return {answer.key.request_id: answer.worker_id for answer in answers if isinstance(answer, Placed)}
 
 
@@ -189,14 +197,97 @@ def test_sequences_are_limited_and_outputs_count() -> None:
     assert list(placed(scheduler)) == ["r0"]
 
 
+def chain(*numbers: int) -> dict[str, Any]:
+    return {"prefix": numbers, "prefix_chunk_tokens": 16}
+
+
+def test_a_request_follows_its_prefix_among_workers_of_equal_load() -> None:
+    scheduler = make_scheduler()
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id, num_pages=1000), 0.0)
+    submit(scheduler, make_request("first", prompt=48, **chain(1, 2, 3)), make_request("other", prompt=48, **chain(9)))
+    assert placed(scheduler) == {"first": "w0", "other": "w1"}
+    submit(scheduler, make_request("again", prompt=48, **chain(1, 2, 4)), make_request("new", prompt=48, **chain(7)))
+    assert placed(scheduler) == {"again": "w0", "new": "w1"}
+
+
+def test_a_prefix_counts_as_work_that_is_saved_and_no_more() -> None:
+    """w0 has 32 tokens of the prompt and 100 more tokens of work than w1."""
+    scheduler = make_scheduler()
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id, num_pages=1000), 0.0)
+    submit(scheduler, make_request("first", prompt=100, **chain(1, 2)))
+    assert placed(scheduler) == {"first": "w0"}
+    submit(scheduler, make_request("again", prompt=48, **chain(1, 2)))
+    assert placed(scheduler) == {"again": "w1"}
+
+
+def test_prefixes_are_forgotten_the_longest_first() -> None:
+    memory = PrefixMemory(3)
+    memory.add((1, 2, 3))
+    memory.add((4,))
+    assert [memory.num_known(prefix) for prefix in ((1, 2, 3), (4,), (2,), ())] == [2, 1, 1, 0]
+
+
+def test_cold_adapters_find_the_same_workers_whatever_came_before() -> None:
+    """Rendezvous hashing: two schedulers that see the adapters in another order agree on nearly all of them."""
+    names = [f"a{index}" for index in range(40)]
+    places = []
+    for order in (names, names[::-1]):
+        scheduler = make_scheduler(max_waiting_requests=100)
+        for index in range(4):
+            scheduler.register(make_hello(f"w{index}", num_pages=1000, max_sequences=100), 0.0)
+        submit(scheduler, *(make_request(name, name) for name in order))
+        places.append(placed(scheduler))
+    assert sum(places[0][name] == places[1][name] for name in names) >= 24
+    assert max(Counter(places[0].values()).values()) <= 13
+
+
+def test_few_adapters_move_when_a_worker_comes() -> None:
+    names = [f"a{index}" for index in range(200)]
+    workers = [f"w{index}" for index in range(5)]
+    before = {name: max(workers[:4], key=lambda worker: rendezvous(name, worker)) for name in names}
+    after = {name: max(workers, key=lambda worker: rendezvous(name, worker)) for name in names}
+    moved = [name for name in names if before[name] != after[name]]
+    assert {after[name] for name in moved} == {"w4"}
+    assert 20 <= len(moved) <= 60
+
+
+def test_a_hot_adapter_has_as_many_homes_as_its_load_needs() -> None:
+    """One of eight requests is of another adapter; the hot one spreads over all workers, the others hardly."""
+    adapters = ("hot" if index % 8 else f"a{index // 8 % 4}" for index in itertools.count())
+    requests = [make_request(f"r{index}", next(adapters), prompt=10, max_tokens=40) for index in range(400)]
+    workers = [SimulatedWorker(f"w{index}", num_pages=200) for index in range(4)]
+    run(make_scheduler(), workers, requests, 96)
+    loads = Counter(adapter for worker in workers for adapter in set(worker.loads))
+    assert loads["hot"] == 4
+    assert max(loads[f"a{index}"] for index in range(4)) <= 2
+
+
+def test_what_waits_for_a_lost_worker_waits_for_another() -> None:
+    scheduler = make_scheduler()
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id, max_sequences=1), 0.0)
+    submit(scheduler, *(make_request(f"r{index}") for index in range(4)))
+    assert placed(scheduler) == {"r0": "w0", "r1": "w1"}
+    scheduler.worker_lost("w0", 0.0)
+    assert {request.line_id for request in scheduler.queue} == {"w1"}
+
+
 DECISIONS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from tests.scheduler.core_fakes import SimulatedWorker, make_request, make_scheduler
 from tests.scheduler.test_placement import run
-requests = [make_request(f"r{i}", "abcdefg"[i * i % 7], prompt=i % 9 + 1, max_tokens=i % 31 + 1) for i in range(100)]
-workers = [SimulatedWorker(f"w{i}", num_pages=40) for i in range(3)]
-print(sorted(run(make_scheduler(), workers, requests, 40).items()), [w.loads for w in workers])
+for policy in ("fair", "vtc", "cluster", "fcfs", "lcfs", "abort"):
+    workers = [SimulatedWorker(f"w{i}", num_pages=40) for i in range(3)]
+    requests = [
+        make_request(f"{policy}{i}", "abcdefg"[i * i % 7], prompt=i % 9 + 1, max_tokens=i % 31 + 1) for i in range(100)
+    ]
+    for i, request in enumerate(requests):
+        request.key = request.key._replace(tenant=f"t{i % 5}")
+    tokens = run(make_scheduler(policy=policy), workers, requests, 40)
+    print(policy, sorted(tokens.items()), [w.loads for w in workers], [r.order_key for r in requests])
 """
 
 
@@ -204,6 +295,6 @@ def test_decisions_do_not_depend_on_the_hash_seed() -> None:
     command = [sys.executable, "-c", DECISIONS, str(ROOT)]
     results = {
         subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}).stdout
-        for seed in ("0", "1", "2")
+        for seed in ("0", "1", "2", "3", "4")
     }
     assert len(results) == 1

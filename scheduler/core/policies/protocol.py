@@ -42,6 +42,9 @@ class Policy(Protocol):
     def wait_seconds(self, request: Request, line_seconds: float, own_seconds: float) -> float:
         """Until the newcomer has its turn in a line that holds so much service, and so much of its own tenant."""
 
+    def service(self, tenant: str) -> float | None:
+        """What the tenant has had over its weight; None when that is not counted."""
+
     def queued(self, request: Request) -> None:
         """It waits from now on."""
 
@@ -79,6 +82,9 @@ class Unmetered:
 
     def wait_seconds(self, request: Request, line_seconds: float, own_seconds: float) -> float:
         return line_seconds
+
+    def service(self, tenant: str) -> float | None:
+        return None
 
     def queued(self, request: Request) -> None:
         pass

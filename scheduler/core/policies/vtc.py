@@ -24,6 +24,9 @@ class Metered(Unmetered):
         others = self.ledger.queued_weight - (weight if self.ledger.is_queued(request.tenant) else 0.0)
         return min(line_seconds, own_seconds * (weight + others) / weight)
 
+    def service(self, tenant: str) -> float | None:
+        return self.ledger.counter(tenant)
+
     def queued(self, request: Request) -> None:
         self.ledger.join(request.tenant)
         self.ledger.queue(request.tenant)

@@ -24,7 +24,7 @@ async def test_adapters_stay_on_their_workers_and_each_worker_does_its_share(tin
         residents = [resident_adapters(worker) for worker in fleet.workers]
         tokens = [metric(worker, "loraplex_worker_step_tokens_total") for worker in fleet.workers]
     assert all(answer == tiny.answers[name][:MAX_TOKENS] for name, answer in zip(requests, answers, strict=True))
-    # Each adapter is fetched once by a worker that uses it: two workers, so at most twice.
-    assert len(names) <= sum(loads) == sum(residents) <= 2 * len(names)
+    # Each adapter is fetched once by a worker that uses it, or was to use it when the other was quicker.
+    assert len(names) <= sum(residents) <= sum(loads) <= 2 * len(names)
     assert evictions == [0, 0]
     assert min(tokens) >= 0.3 * sum(tokens)

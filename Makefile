@@ -68,6 +68,17 @@ test-triton: install stubs $(WITH_TRITON) ## Triton kernels in the interpreter a
 aot-table: install $(WITH_TRITON) ## Compile the Triton kernels for sm_80 and sm_90 and rewrite the table in docs/performance.md
 	$(BIN)/python -m benchmarks.gpu.ahead_of_time
 
+.PHONY: test-gpu bench-gpu tune-gpu
+# On a machine with a GPU, from the tree: any Python that has torch, triton, numpy and safetensors; no stubs.
+test-gpu: ## Every Triton kernel against float64 on the GPU of this machine, and CUDA graphs against eager steps
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu test $(ARGS)
+
+bench-gpu: ## Operations and whole steps of a Llama-3.1-8B shape against their floors, one JSON line a row; needs a GPU
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu bench $(ARGS)
+
+tune-gpu: ## Try tiles on the GPU of this machine and write the best into kernels/gpu/tiles.json
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu tune $(ARGS)
+
 test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
 	$(BIN)/python -m examples.other_clients $(BUF)
 

@@ -49,3 +49,10 @@ STEPS = {
 ARCHITECTURES = ("sm_80", "sm_90")
 PAGE_SIZE, MAX_CONTEXT = 16, 8192
 QKV = (0, 1, 2)
+
+# For the interpreter: every size awkward, every run seconds.
+TINY = ModelShape(hidden=96, layers=2, heads=6, kv_heads=2, head_dim=16, intermediate=80, vocab=61)
+TINY_STEPS = {
+    "decode": StepShape(sequences=3, tokens=3, adapters=2, max_lora_rank=8),
+    "prefill": StepShape(sequences=2, tokens=19, adapters=2, max_lora_rank=24),
+}

@@ -96,11 +96,12 @@ def token_class(num_tokens: int) -> str:
 
 def choose(op: str, shape_class: str, device: torch.device) -> Tile:
     forced = _forced.get((op, shape_class))
-    return forced or table().choose(op, shape_class, _forced_architecture or _architecture(device))
+    return forced or table().choose(op, shape_class, _forced_architecture or architecture_of(device))
 
 
 @cache
-def _architecture(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:
+    """`sm_90`; "any" for a device that is no GPU."""
     if device.type != "cuda":
         return ANY
     major, minor = torch.cuda.get_device_capability(device)

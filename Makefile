@@ -15,6 +15,7 @@ STUBS := loraplex/v1/types_pb2.py
 BUF := tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 BASELINE := released/v1.txtpb
 CHART := .venv-chart/.installed
+CHECKOV := .venv-checkov/bin/checkov
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
@@ -91,6 +92,17 @@ test-rules: install ## Check the alert rules and that each fires and resolves (n
 
 test-dashboards: install stubs $(CHART) ## Ask a real Prometheus for every panel of a fleet under traffic (needs prometheus)
 	.venv-chart/bin/python -m pytest -m deploy tests/dashboards $(ARGS)
+
+images: ## Build loraplex/control and loraplex/worker (needs docker); TORCH_INDEX is the index of torch's CPU build
+	docker build -f deploy/docker/Dockerfile --target control -t loraplex/control:0.1.0 .
+	docker build -f deploy/docker/Dockerfile --target worker -t loraplex/worker:0.1.0 --build-arg TORCH_INDEX='$(TORCH_INDEX)' .
+
+test-chart: install stubs $(CHART) $(CHECKOV) ## Render the Helm chart six ways, check it, and run what it would run (needs redis-server)
+	OMP_NUM_THREADS=1 .venv-chart/bin/python -m pytest -m deploy tests/chart $(ARGS)
+
+$(CHECKOV):
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install checkov==3.3.30
 
 $(CHART): deploy/requirements.txt deploy/layer.py | $(INSTALLED)
 	$(PYTHON) -m venv .venv-chart

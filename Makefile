@@ -21,6 +21,7 @@ NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 .DEFAULT_GOAL := help
 .PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
+.PHONY: test-memory
 .PHONY: test-dashboards test-chart images
 
 help: ## Show this list
@@ -79,6 +80,9 @@ bench-gpu: ## Operations and whole steps of a Llama-3.1-8B shape against their f
 
 tune-gpu: ## Try tiles on the GPU of this machine and write the best into kernels/gpu/tiles.json
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu tune $(ARGS)
+
+test-memory: install stubs ## A hundred thousand random calls on the memory manager, and each of its mutants
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/gpu_worker/memory $(ARGS)
 
 test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
 	$(BIN)/python -m examples.other_clients $(BUF)

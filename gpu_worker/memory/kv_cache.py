@@ -32,9 +32,6 @@ class KVCache:
         self._prefixes = prefixes
         self._tables: dict[str, _Table] = {}
 
-    def __contains__(self, sequence_id: str) -> bool:
-        return sequence_id in self._tables
-
     def page_table(self, sequence_id: str) -> Sequence[int]:
         """Pages in order. Entries never change while the sequence holds them; more are appended."""
         return self._tables[sequence_id].pages

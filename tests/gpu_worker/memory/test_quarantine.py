@@ -24,8 +24,8 @@ def overwritten_pages(memory: MemoryManager) -> set[int]:
     memory.admit("aborted", 4 * PAGE, "", None)
     written_late = set(memory.kv.page_table("aborted"))
     memory.release("aborted", "", last_step=1)
-    memory.admit("newcomer", PAGE, "a", layout_of_pages(3))
-    taken = set(memory.kv.page_table("newcomer")) if "newcomer" in memory.kv else set()
+    admitted = memory.admit("newcomer", PAGE, "a", layout_of_pages(3))
+    taken = set(memory.kv.page_table("newcomer")) if admitted else set()
     for adapter in memory.adapters:
         taken |= set(adapter.pages)
     return written_late & taken

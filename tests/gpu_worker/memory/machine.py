@@ -18,9 +18,7 @@ PAGE = SMALL_PAGES.page_size
 MAX_TOKENS = 5 * PAGE
 # pages of each adapter; the base model is the empty name
 ADAPTERS = {"": 0, "one": 1, "two": 2, "five": 5}
-# Often enough the same for hits to be common.
-USED = ("", "one", *sorted(ADAPTERS))
-SALTS = ("a", "a", "a", "b")
+SALTS = ("a", "b")
 # A step more may be launched than has completed, and one more planned on top of it.
 MAX_STEPS_IN_FLIGHT = 2
 # Prompts that part after none, one and two pages.
@@ -130,13 +128,24 @@ class MemoryMachine(RuleBasedStateMachine):
             assert need > before.free, "evicted without need"
 
     @rule(
-        adapter=st.sampled_from(USED),
+        adapter=st.sampled_from(sorted(ADAPTERS)),
         salt=st.sampled_from(SALTS),
         stream=st.sampled_from(sorted(STREAMS)),
         num_tokens=st.integers(1, MAX_TOKENS),
         loads_at_once=st.sampled_from([True, True, False]),
     )
     def admit(self, adapter: str, salt: str, stream: str, num_tokens: int, loads_at_once: bool) -> None:
+        self.try_to_admit(adapter, salt, stream, num_tokens, loads_at_once=loads_at_once)
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data(), more_tokens=st.integers(1, 2 * PAGE))
+    def admit_with_a_hit(self, data: st.DataObject, more_tokens: int) -> None:
+        adapter, salt, tokens = data.draw(st.sampled_from(sorted(self.cached)))
+        alike = [stream for stream in sorted(STREAMS) if STREAMS[stream][: len(tokens)] == list(tokens)]
+        num_tokens = min(MAX_TOKENS, len(tokens) + more_tokens)
+        self.try_to_admit(adapter, salt, data.draw(st.sampled_from(alike)), num_tokens, loads_at_once=True)
+
+    def try_to_admit(self, adapter: str, salt: str, stream: str, num_tokens: int, *, loads_at_once: bool) -> None:
         known = adapter in self.resident() | set(self.loading())
         keys = keys_of(adapter, salt, stream, num_tokens - 1)
         new = Running(adapter, salt, stream, num_tokens, len(keys))
@@ -171,8 +180,8 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(
         adapter=st.sampled_from(sorted(ADAPTERS)[1:]),
-        keep=st.one_of(st.none(), st.sets(st.sampled_from(sorted(ADAPTERS)[1:]))),
-        spare_pages=st.integers(0, 2),
+        keep=st.sampled_from([None, set(), {"one"}, {"two", "five"}, set(ADAPTERS)]),
+        spare_pages=st.integers(0, NUM_PAGES),
         loads_at_once=st.sampled_from([True, True, False]),
     )
     def prefetch(self, adapter: str, keep: set[str] | None, spare_pages: int, loads_at_once: bool) -> None:

@@ -181,14 +181,17 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(
         adapter=st.sampled_from(sorted(ADAPTERS)[1:]),
         keep=st.sampled_from([None, set(), {"one"}, {"two", "five"}, set(ADAPTERS)]),
-        spare_pages=st.integers(0, NUM_PAGES),
+        beyond=st.integers(-2, 1),
         loads_at_once=st.sampled_from([True, True, False]),
     )
-    def prefetch(self, adapter: str, keep: set[str] | None, spare_pages: int, loads_at_once: bool) -> None:
-        before, need = Snapshot(self), ADAPTERS[adapter] + spare_pages
+    def prefetch(self, adapter: str, keep: set[str] | None, beyond: int, loads_at_once: bool) -> None:
+        """About as much as there is: `beyond` more pages than that, or fewer."""
+        before = Snapshot(self)
         absent = adapter not in self.resident() | set(self.loading())
         kept = 0 if keep is None else sum(self.cold_pages() - self.cold_pages(excluding=name) for name in keep)
         evictable = 0 if keep is None else self.evictable_pages() - kept
+        spare_pages = max(0, before.free + evictable - ADAPTERS[adapter] + beyond)
+        need = ADAPTERS[adapter] + spare_pages
         fits = absent and before.free + evictable >= need
         layout = layout_of_pages(ADAPTERS[adapter])
         assert self.memory.prefetch(adapter, layout, keep=keep, spare_pages=spare_pages) == fits

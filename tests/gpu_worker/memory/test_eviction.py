@@ -105,6 +105,14 @@ def test_what_is_used_again_is_not_taken(queue: EvictionQueue) -> None:
     assert (queue.evictable_pages, order(queue)) == (2, "ac")
 
 
+def test_what_is_set_aside_gets_its_place_back(queue: EvictionQueue) -> None:
+    first = leave(queue, "a")
+    leave(queue, "b")
+    queue.discard(first)
+    queue.restore(first)
+    assert (queue.evictable_pages, order(queue)) == (2, "ab")
+
+
 def test_what_comes_back_has_a_new_place(queue: EvictionQueue) -> None:
     first = leave(queue, "a")
     leave(queue, "b")

@@ -106,8 +106,8 @@ def test_what_is_used_again_is_not_taken(queue: EvictionQueue) -> None:
 
 
 def test_what_is_set_aside_gets_its_place_back(queue: EvictionQueue) -> None:
-    first = leave(queue, "a")
-    leave(queue, "b")
+    first = leave(queue, "a", seconds=1.0)
+    leave(queue, "b", seconds=2.0)
     queue.discard(first)
     queue.restore(first)
     assert (queue.evictable_pages, order(queue)) == (2, "ab")

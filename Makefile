@@ -21,7 +21,7 @@ NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 .DEFAULT_GOAL := help
 .PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
-.PHONY: test-memory
+.PHONY: test-memory test-slow bench-memory
 .PHONY: test-dashboards test-chart images
 
 help: ## Show this list
@@ -84,6 +84,9 @@ tune-gpu: ## Try tiles on the GPU of this machine and write the best into kernel
 test-memory: install stubs ## A hundred thousand random calls on the memory manager, and each of its mutants
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow tests/gpu_worker/memory $(ARGS)
 
+test-slow: install stubs ## Run the tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu' --ignore=tests/gpu_worker/memory $(ARGS)
+
 test-clients: install stubs tools $(NODE_EXAMPLE) ## Ask a running fleet from Node and through buf curl (needs npm)
 	$(BIN)/python -m examples.other_clients $(BUF)
 
@@ -140,6 +143,9 @@ bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simu
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store
+bench-memory: install stubs ## Load tiers, prefetch, eviction and pool shares, one JSON line a row; ARGS='--part wait' runs one (20 minutes)
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.memory --plot $(ARGS)
 bench-kernels: install ## Time every kernel against its floor, one JSON line a row; refuses when its tests are red
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 

@@ -49,14 +49,17 @@ class Loader:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            started = time.perf_counter()
-            try:
-                failure = self._copy(job)
-            except Exception as error:
-                # Whatever it is, it is this adapter's: the thread must live for the others.
-                _log.exception("adapter %s was not copied", job.adapter_version)
-                failure = f"the copy failed: {type(error).__name__}"
-            self._on_done(LoadDone(job.adapter_version, failure, time.perf_counter() - started))
+            self._on_done(self._do(job))
+
+    def _do(self, job: _Job) -> LoadDone:
+        started = time.perf_counter()
+        try:
+            failure = self._copy(job)
+        except Exception as error:
+            # Whatever it is, it is this adapter's: the thread must live for the others.
+            _log.exception("adapter %s was not copied", job.adapter_version)
+            failure = f"the copy failed: {type(error).__name__}"
+        return LoadDone(job.adapter_version, failure, time.perf_counter() - started)
 
     def _copy(self, job: _Job) -> str:
         try:

@@ -96,6 +96,8 @@ async def operators_manage_memory(worker: WorkerProcess) -> None:
     stub = memory_pb2_grpc.MemoryServiceStub(worker.channel)
     resident = await stub.ListResident(memory_pb2.ListResidentRequest())
     assert [adapter.adapter_version for adapter in resident.adapters] == ["rank-8"]
+    first = await anext(aiter(stub.WatchResidency(memory_pb2.WatchResidencyRequest())))
+    assert [(adapter.adapter_version, adapter.tier) for adapter in first.snapshot] == [("rank-8", types_pb2.TIER_PAGES)]
     await stub.Pin(memory_pb2.PinRequest(adapter_version="rank-8"))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Evict(memory_pb2.EvictRequest(adapter_version="rank-8"))
@@ -103,6 +105,21 @@ async def operators_manage_memory(worker: WorkerProcess) -> None:
     await stub.Unpin(memory_pb2.UnpinRequest(adapter_version="rank-8"))
     evicted = await stub.Evict(memory_pb2.EvictRequest(adapter_version="rank-8"))
     assert evicted.freed_pages == 14
+
+
+async def test_a_restarted_worker_has_its_hot_adapters_before_it_registers(
+    tiny_checkpoint: Path, tmp_path: Path, scheduler: FakeScheduler, store: FakeStore, expected: list[int]
+) -> None:
+    async with serving(store, scheduler) as address:
+        async with started(tiny_checkpoint, tmp_path, address, scheduler) as first, first.attached() as gateway:
+            scheduler.command(offer=new_offer("s", PROMPT, "rank-8"))
+            await gateway.until_finished()
+            first.process.terminate()
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                await first.process.wait()
+        async with started(tiny_checkpoint, tmp_path, address, scheduler) as second:
+            (resident,) = second.hello.resident
+            assert (resident.adapter_version, resident.tier) == ("rank-8", types_pb2.TIER_PAGES)
 
 
 async def test_a_gateway_that_goes_leaves_its_pages(worker: WorkerProcess, scheduler: FakeScheduler) -> None:

@@ -1,0 +1,54 @@
+"""Slots of one size, the least recently used adapter out, and a step that waits for its load: vLLM's way with LoRA.
+
+Source: vLLM 0.33, `lora/model_manager.py` and `lora/worker_manager.py`: `set_active_adapters` loads inside the step.
+"""
+
+import time
+
+from benchmarks.baselines.divided import Slotted
+from gpu_worker.host_storage import HostBlob
+from gpu_worker.loader import Loader, _Job
+from gpu_worker.memory.adapter_cache import AdapterCache
+from gpu_worker.memory.eviction import EvictionQueue, LeastRecentlyUsed
+from gpu_worker.memory.geometry import PageGeometry
+from gpu_worker.prefetch import Moves, Prefetcher
+
+
+class LeastRecentSlots(Slotted):
+    """`Slotted` with the policy of the engines that have slots."""
+
+    def __init__(self, geometry: PageGeometry, num_pages: int) -> None:
+        super().__init__(geometry, num_pages)
+        self._cold_adapters = EvictionQueue(LeastRecentlyUsed())
+        self.adapters = AdapterCache(geometry, self._allocator, self._cold_adapters, self.costs)
+
+
+class NoPrefetch(Prefetcher):
+    """Adapters come to the host tier when they are asked for, and into pages when a sequence is admitted."""
+
+    def plan(self) -> Moves:
+        moves = Moves()
+        for sequence in self._batcher.waiting():
+            version = sequence.adapter_version
+            if version and version not in self._host and self._memory.adapters.get(version) is None:
+                self._ask(sequence.tenant, version, moves)
+        return moves
+
+
+class ThrottledLoader(Loader):
+    """Copies as over a bus of `bytes_per_second`, one adapter after the other: a CPU's own copy proves nothing."""
+
+    bytes_per_second = float("inf")
+
+    def _copy(self, job: _Job) -> str:
+        until = time.perf_counter() + job.blob.num_bytes / self.bytes_per_second
+        failure = super()._copy(job)
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return failure
+
+
+class BlockingLoader(ThrottledLoader):
+    """The step that asks for a copy waits for it."""
+
+    def load(self, adapter_version: str, blob: HostBlob, pages: list[int]) -> None:
+        self._on_done(self._do(_Job(adapter_version, blob, pages)))

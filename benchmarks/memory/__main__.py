@@ -1,0 +1,78 @@
+"""Tiers, prefetch, pool and eviction, measured; one JSON line a row. Refuses when the tests of these are red.
+
+wait       (a), (e)  time to the first token with 1x to 8x the adapters that fit; the real engine, minutes
+reserve    (b)       tokens of KV left beside padded slots
+shares     (c)       who has the pool while 1, 200, 1 adapters are in play
+eviction   (d)       joint eviction against LRU
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.hardware import ROOT, commit, hardware
+from benchmarks.memory import replay, serve
+from benchmarks.memory.fixture import checkpoint_and_adapters
+from benchmarks.memory.report import RESULTS
+
+PARTS = ("wait", "reserve", "shares", "eviction")
+TESTS = ("tests/gpu_worker/memory", "tests/gpu_worker/test_prefetch.py", "tests/gpu_worker/test_host_tier.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run of `wait`")
+    parser.add_argument("--ratio", type=float, action="append", help="load seconds / step seconds; default 0.25 and 5")
+    parser.add_argument("--turns", type=int, default=4000, help="requests of each trace of `eviction`")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw what was measured into docs/images (needs matplotlib)"
+    )
+    options = parser.parse_args()
+    parts = options.part or PARTS
+    if subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, stdout=sys.stderr, check=False
+    ).returncode:
+        sys.exit("the tests of the memory manager are red: no number is worth reporting")
+    about = {"hardware": hardware(), "commit": commit(), "command": " ".join(["make bench-memory", *_arguments()])}
+    rows = [row | about for part in parts for row in _measure(part, options)]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    _keep(rows, parts)
+    if options.plot:
+        from benchmarks.memory.plots import draw
+
+        draw(rows, ROOT / "docs" / "images")
+
+
+def _arguments() -> list[str]:
+    return [f"ARGS='{' '.join(sys.argv[1:])}'"] if sys.argv[1:] else []
+
+
+def _measure(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    if part == "reserve":
+        return replay.reserve_rows()
+    if part == "shares":
+        return replay.share_rows()
+    if part == "eviction":
+        return replay.eviction_rows(options.turns)
+    with checkpoint_and_adapters(serve.FITTING * max(serve.MULTIPLES)) as (base, adapters):
+        return serve.rows(base, adapters, options.seconds, options.ratio or serve.RATIOS)
+
+
+def _keep(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> None:
+    """Rows of parts that were not measured now stay; so do those of another ratio."""
+    measured = {(row["part"], row.get("load_to_step_ratio")) for row in rows}
+    old = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    kept = [line for line in old if ((row := json.loads(line))["part"], row.get("load_to_step_ratio")) not in measured]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join([*kept, *(json.dumps(row) for row in rows)]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ CHECKOV := .venv-checkov/bin/checkov
 NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-store tools bench-kernels release-protos clean
+.PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-fairness bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
 .PHONY: test-memory test-slow bench-memory
 .PHONY: test-dashboards test-chart images
@@ -140,6 +140,9 @@ bench-report: install ## Write the tables and plots of docs/performance.md from 
 
 bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simulated workers, one JSON line a row
 	$(BIN)/python -m benchmarks.scheduler --plot docs/images/scheduler-growth.svg
+
+bench-fairness: install stubs ## What a tenant that floods two workers costs a quiet one, on the real services (4 minutes)
+	$(BIN)/python -m benchmarks.fairness
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store

@@ -22,7 +22,7 @@ NODE_EXAMPLE := examples/node/node_modules/.package-lock.json
 .PHONY: help install stubs demo run demo-model check test test-clients test-rules fuzz bench bench-full bench-ablations bench-peers bench-report bench-scheduler bench-fairness bench-store tools bench-kernels release-protos clean
 .PHONY: test-triton aot-table
 .PHONY: test-memory test-slow bench-memory
-.PHONY: test-dashboards test-chart images
+.PHONY: test-dashboards test-chart images bench-scrape
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +143,9 @@ bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simu
 
 bench-fairness: install stubs ## What a tenant that floods two workers costs a quiet one, on the real services (4 minutes)
 	$(BIN)/python -m benchmarks.fairness
+
+bench-scrape: install stubs ## Time and size of /metrics when 5,000 adapters were served; one JSON line last (minutes)
+	$(BIN)/python -m benchmarks.scrape $(ARGS)
 
 bench-store: install stubs ## Measure the adapter store; one JSON line last
 	$(BIN)/python -m benchmarks.store

@@ -236,6 +236,7 @@ WORKERS = Dashboard(
             "percentunit",
             {"{{part}}": rate(f"{WORKER}_step_part_seconds_total", "part")},
         ),
+        Panel("Calls of kernels", "ops", {"{{backend}}": rate(f"{WORKER}_kernel_calls_total", "backend")}),
         Panel("Sequences in a batch", "short", quantiles(f"{WORKER}_batch_size")),
         Panel("Distinct adapters in a batch", "short", quantiles(f"{WORKER}_batch_distinct_adapters")),
         Panel("Outputs by why they ended", "ops", {"{{reason}}": rate(f"{WORKER}_finish_total", "reason")}),

@@ -1,11 +1,19 @@
 """The dashboards in the tree are those their generator writes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
+
+from adapter_store.metrics import RedisMetrics, StoreMetrics
+from common.metrics import LifeMetrics
 
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
+from gateway.metrics import GatewayMetrics
+from gpu_worker.metrics import WorkerMetrics
+from scheduler.metrics import SchedulerMetrics
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
@@ -35,3 +43,19 @@ def test_no_expression_names_a_machine_or_a_scrape_interval() -> None:
 
 def test_the_folder_is_beside_its_generator() -> None:
     assert Path("deploy/grafana") == FOLDER.relative_to(FOLDER.parents[1])
+
+
+def test_every_metric_of_ours_has_a_panel() -> None:
+    """The live test finds this out too, minutes later."""
+    registry = CollectorRegistry()
+    GatewayMetrics(registry)
+    SchedulerMetrics(registry, lambda: 0.0)
+    WorkerMetrics(registry)
+    StoreMetrics(registry)
+    RedisMetrics(registry)
+    LifeMetrics(registry, None)
+    names = [metric.name for metric in registry.collect() if not metric.name.startswith("vllm:")]
+    assert len(names) > 50
+    expressions = "\n".join(text for board in DASHBOARDS for panel in board.panels for text in panel.queries.values())
+    suffixes = "(_bucket|_sum|_count|_total|_info)?"
+    assert [name for name in names if not re.search(rf"\b{name}{suffixes}(?![\w:])", expressions)] == []

@@ -65,6 +65,8 @@ class Engine:
         )
         # Number of the last launched step.
         self._step = 0
+        # Prompt tokens looked up in the prefix cache, and found there, since the last step's statistics.
+        self._prefix_queries = self._prefix_hits = 0
         # What the last step took; None when there was nothing to run.
         self._costs: scheduler_pb2.StepCosts | None = None
         # The last plan computed, admitted or preempted something; the next may find other pages free.
@@ -147,6 +149,9 @@ class Engine:
             if adapter is not None:
                 self._loader.load(adapter_version, self._host.take(adapter_version), adapter.pages)
         for sequence in plan.admitted:
+            if not (sequence.preemptions or sequence.wants_prompt_logprobs):
+                self._prefix_queries += len(sequence.prompt_token_ids)
+                self._prefix_hits += sequence.cached_tokens
             timings = sequence.timings
             timings.admitted = timings.admitted or now
             if sequence.state is SequenceState.RUNNING:
@@ -190,7 +195,10 @@ class Engine:
     def _stats(self, plan: StepPlan, output: StepOutput, schedule_seconds: float) -> engine_pb2.StepStats:
         prefills = [chunk for chunk in plan.chunks if not (chunk.samples and chunk.length == 1)]
         prefill_tokens = sum(chunk.length for chunk in prefills)
+        queries, hits, self._prefix_queries, self._prefix_hits = self._prefix_queries, self._prefix_hits, 0, 0
         return engine_pb2.StepStats(
+            prefix_query_tokens=queries,
+            prefix_hit_tokens=hits,
             prefill_tokens=prefill_tokens,
             decode_tokens=sum(chunk.length for chunk in plan.chunks) - prefill_tokens,
             sequences=len(plan.chunks),

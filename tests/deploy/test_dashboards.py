@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry
 
 from adapter_store.metrics import RedisMetrics, StoreMetrics
 from common.metrics import LifeMetrics
-
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
 from gateway.metrics import GatewayMetrics
 from gpu_worker.metrics import WorkerMetrics

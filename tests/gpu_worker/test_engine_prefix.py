@@ -56,6 +56,15 @@ def test_the_next_turn_of_a_conversation_reuses_the_answer(driver: EngineDriver)
     assert cached(driver, "second") == (len(PROMPT) + 19) // PAGE * PAGE
 
 
+def test_what_was_looked_up_and_what_was_found_is_counted(driver: EngineDriver) -> None:
+    """Also where the adapter is still being loaded when the sequence is admitted."""
+    for name in ("first", "second"):
+        driver.generate(name, PROMPT, "rank-3")
+    looked_up = sum(stats.prefix_query_tokens for stats in driver.stats)
+    found = sum(stats.prefix_hit_tokens for stats in driver.stats)
+    assert (looked_up, found) == (2 * len(PROMPT), FULL)
+
+
 @pytest.mark.parametrize("adapter", ["", "rank-8"], ids=["base", "another"])
 def test_another_adapter_shares_nothing(driver: EngineDriver, adapter: str) -> None:
     driver.generate("first", PROMPT, "rank-3")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from common.packing import PackedLayout
+from gpu_worker.headroom import Headroom
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.prefix_cache import PrefixKeys
 from gpu_worker.sequence import Sequence, SequenceState
@@ -58,6 +59,7 @@ class Batcher:
         # What the scheduler wants, within `max_step_tokens`.
         self._step_budget = max_step_tokens
         self._max_sequences = max_sequences
+        self._headroom = Headroom(memory.geometry.page_size)
         self._sequences: dict[str, Sequence] = {}
         # sorted by order_key
         self._waiting: list[tuple[int, str]] = []
@@ -117,6 +119,7 @@ class Batcher:
             self._waiting.remove((sequence.order_key, sequence.sequence_id))
         else:
             self._release(sequence, last_step)
+            self._headroom.ended(sequence)
         sequence.state = SequenceState.FINISHED
 
     def preempt(self, sequence: Sequence, last_step: int) -> None:
@@ -181,6 +184,8 @@ class Batcher:
             most = sequence.num_tokens if sequence.preemptions else cached + self._max_step_tokens
             tokens = min(sequence.num_tokens, most)
             resident = self._memory.adapters.get(sequence.adapter_version) if layout else None
+            if not self._has_headroom(sequence, layout):
+                return
             if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout, keys):
                 return
             sequence.computed_tokens = cached
@@ -194,6 +199,18 @@ class Batcher:
             self._running[sequence.sequence_id] = sequence
             plan.admitted.append(sequence)
 
+    def _has_headroom(self, sequence: Sequence, layout: PackedLayout | None) -> bool:
+        """Those who run are not expected to need the pages that the newcomer would take."""
+        if not self._running:
+            return True
+        memory = self._memory
+        adapter = memory.adapters.get(sequence.adapter_version)
+        yields = adapter is None or adapter.evictable
+        taken = memory.geometry.pages_for_bytes(layout.total_bytes) if layout and yields else 0
+        counts = memory.counts()
+        num_pages = counts.kv + counts.free + memory.evictable_pages - taken
+        return self._headroom.suffices([sequence, *self._running.values()], num_pages)
+
     def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan, last_step: int) -> bool:
         """Makes room for `num_tokens`, preempting from the largest order_key down to this sequence if it must."""
         if sequence.state is not SequenceState.RUNNING:
@@ -201,6 +218,7 @@ class Batcher:
         while not self._memory.grow(sequence.sequence_id, num_tokens):
             victim = max(self._running.values(), key=lambda running: (running.order_key, running.output_index))
             self.preempt(victim, last_step)
+            self._headroom.preempted()
             plan.preempted.append(victim)
             if victim is sequence:
                 return False

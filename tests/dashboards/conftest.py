@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from loraplex.fleet import Fleet, FleetOptions
 from tests.adapter_store.redis_server import RedisServer
 from tests.checkout import ROOT
 from tests.dashboards.prometheus import Prometheus, scraping
+
+# `make test-dashboards` has an environment of its own, where nothing collected is a failure; `make test` is another.
+collect_ignore_glob = [] if find_spec("promql_parser") else ["test_*.py"]
 
 DEMO = ROOT / "examples" / "demo_model"
 _JOBS = {"adapter_store": "adapter-store", "scheduler": "scheduler", "gateway": "gateway"}

@@ -1,4 +1,4 @@
-"""These tests need the environment of `make test-chart`, where nothing collected is a failure; `make test` is another."""
+"""Needs the environment of `make test-chart`, where nothing collected is a failure; `make test` has another."""
 
 from importlib.util import find_spec
 

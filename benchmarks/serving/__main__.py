@@ -5,8 +5,8 @@ A run:
   2. Models, adapters and a store full of them are written to build/bench, when they are not there.
   3. Each system starts in a process of its own, all with the same threads, and answers the workload once to warm up.
   4. Rounds follow: the systems take turns with the same requests, whose prompts are new in each round. All tokens are
-     compared with PEFT's; the first wrong one ends the run, and nothing is reported.
-  5. Rows go to standard output and to benchmarks/results/serving.jsonl. Medians; quartiles beside them.
+     compared with PEFT's; a wrong one ends the run, and nothing is reported of its workload.
+  5. After each workload its rows go to standard output and to benchmarks/results/serving.jsonl: medians, quartiles.
 
 Systems, workloads and models are comma-separated names. The workload n8 is 64 requests over 8 adapters, nearly all
 of them for the first few; `distinct` is 64 requests on 64 adapters, `one` the same requests on one.
@@ -51,24 +51,22 @@ def main() -> None:
     options = _options()
     if not tests_are_green():
         sys.exit("the tests of the parts are red: no number is worth reporting")
-    about: dict[str, Any] = {"commit": commit(), "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    about: dict[str, Any] = {"run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit()}
     about |= {"threads": options.threads, "command": "python -m benchmarks.serving " + " ".join(sys.argv[1:])}
-    rows: list[Row] = []
+    machine, peak = hardware(), measure_floors().flops_per_second
+    RESULTS.parent.mkdir(exist_ok=True)
     try:
         for model in options.models.split(","):
-            rows += measure(model, options)
+            for rows in measure(model, options):
+                like = likeness(rows, str(machine["cpu"]), options.threads)
+                say(like)
+                for found in rows:
+                    line = json.dumps(found | _share(found, peak) | about | {"hardware": machine | {"like": like}})
+                    print(line, flush=True)
+                    with RESULTS.open("a") as file:
+                        file.write(line + "\n")
     except (WrongTokensError, HostError) as problem:
-        sys.exit(f"nothing is reported: {problem}")
-    machine = hardware()
-    about["hardware"] = machine | {"like": likeness(rows, str(machine["cpu"]), options.threads)}
-    say(about["hardware"]["like"])
-    peak = measure_floors().flops_per_second
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        for found in rows:
-            line = json.dumps(found | _share(found, peak) | about)
-            print(line, flush=True)
-            file.write(line + "\n")
+        sys.exit(f"nothing is reported of this workload: {problem}")
 
 
 def _share(found: Row, peak: float) -> dict[str, float]:
@@ -77,8 +75,8 @@ def _share(found: Row, peak: float) -> dict[str, float]:
     return {"peak_gigaflops": round(peak / 1e9, 1), "peak_share": round(found["flops"] / seconds / peak, 4)}
 
 
-def measure(model: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one model. Each pool has processes of its own, a pool for all workloads serves all of them."""
+def measure(model: str, options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Rows of one model, workload by workload. Each pool has processes of its own."""
     systems, rounds = chosen(options.systems), options.rounds or ROUNDS[model]
     workloads = [named(name, SIZES[model].vocab) for name in options.workloads.split(",")]
     fixture = Fixture.of(model)
@@ -90,15 +88,15 @@ def measure(model: str, options: argparse.Namespace) -> Iterator[Row]:
                 if options.learn:
                     bench.learn(workload, systems, rounds)
                 else:
-                    yield from bench.measure(workload, systems, rounds)
+                    yield bench.measure(workload, systems, rounds)
         return
     for workload in workloads:
         for share in map(float, options.pools.split(",")):
             pool = pool_bytes(fixture, workload, share, CAPPED_ADAPTERS)
             say(f"{model} {workload.name}: pools of {pool[0]:,} bytes for {share:g} of the KV and 16 adapters")
             with ExitStack() as stack:
-                for found in Bench(fixture, options.threads, stack, pool).measure(workload, systems, rounds):
-                    yield found | {"pool_kv_share": share, "pool_bytes": pool[0]}
+                found = Bench(fixture, options.threads, stack, pool).measure(workload, systems, rounds)
+                yield [row | {"pool_kv_share": share, "pool_bytes": pool[0]} for row in found]
 
 
 def _options() -> argparse.Namespace:

@@ -10,8 +10,8 @@ from benchmarks.serving.progress import say
 
 # What a run goes through, and what says that it is right.
 SERVICES = ("adapter_store", "gateway", "gpu_worker", "scheduler")
-SOURCES = (*SERVICES, "benchmarks", "common", "kernels", "loraplex", "tests")
 TESTS = ("tests/kernels", "tests/gpu_worker/models", "tests/gpu_worker/memory", "tests/benchmarks")
+SOURCES = (*SERVICES, *TESTS, "benchmarks/baselines", "common", "kernels", "loraplex")
 
 
 def tests_are_green() -> bool:

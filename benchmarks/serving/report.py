@@ -144,9 +144,10 @@ def _ms(seconds: float | None, digits: int = 0) -> str:
 
 def page(rows: Sequence[Row]) -> str:
     machine = rows[-1]["hardware"]
+    like = next((row["hardware"]["like"] for row in reversed(rows) if row["hardware"]["like"]), "")
     about = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {rows[0]['run'][:10]} to"
-        f" {rows[-1]['run'][:10]}; {rows[-1]['threads']} threads for every system. {machine['like']}"
+        f" {rows[-1]['run'][:10]}; {rows[-1]['threads']} threads for every system. {like}"
     )
     return "\n\n".join(
         [

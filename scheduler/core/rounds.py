@@ -12,7 +12,7 @@ from scheduler.core.worker import Worker
 
 # Workers and heads looked at after which a round ends and the next follows: it stays short whatever has happened.
 _LOOKS_OF_A_ROUND = 32
-# Busiest workers whose lines an idle one looks at.
+# Busiest workers whose lines one looks at that has work but nothing in line.
 _DONORS = 4
 
 
@@ -68,9 +68,17 @@ class Rounds:
             self._prefetch(worker, line)
 
     def _help(self, workers: list[Worker], now: float) -> bool:
-        """Those of `workers` that have nothing in line take over from lines that are far behind; True if one did."""
-        idle = [worker for worker in workers if not worker.full and not worker.line.num_requests]
-        if not idle or not self._backlog.num_requests:
+        """Workers with nothing to do, and those of `workers` with nothing in line, take over from lines that are far
+        behind; True if one did."""
+        if not self._backlog.num_requests:
+            return False
+        looked_at = set(workers)
+        idle = [
+            worker
+            for worker in self._fleet.ready
+            if not worker.line.num_requests and not worker.full and (worker in looked_at or not worker.requests)
+        ]
+        if not idle:
             return False
         donors = {
             worker: self._placement.load(worker) for worker in self._fleet.workers if worker.line.num_requests > 0
@@ -95,14 +103,17 @@ class Rounds:
         take next: that of the adapter which the fewest workers have.
         """
         own = self._placement.load(worker)
-        busiest = sorted(donors, key=lambda other: (donors[other], other.worker_id), reverse=True)[:_DONORS]
+        busiest = sorted(donors, key=lambda other: (donors[other], other.worker_id), reverse=True)
+        if worker.requests:
+            busiest = busiest[:_DONORS]
         behind = [other for other in busiest if not worker.requests or self._placement.is_far_above(donors[other], own)]
         for donor in behind:
             heads = donor.line.heads_of(worker.adapters_in_use)
             for request in heads[: self._settings.lookahead_lanes]:
                 if self._selection.fits(worker, request):
                     return donor, request
-        for donor in behind[:1]:
+        # With nothing to do it takes from whomever it can.
+        for donor in behind[:1] if worker.requests else behind:
             candidates = donor.line.candidates(self._settings.lookahead_lanes)
             fitting = [request for request in candidates if self._selection.fits(worker, request)]
             if fitting:

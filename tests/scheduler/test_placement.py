@@ -162,6 +162,16 @@ def test_an_idle_worker_relieves_a_full_one() -> None:
     assert placed(scheduler) == {"r1": "w1"}
 
 
+def test_an_idle_worker_helps_though_nothing_happened_to_it() -> None:
+    scheduler = make_scheduler()
+    for worker_id in ("w0", "w1"):
+        scheduler.register(make_hello(worker_id, num_pages=8), 0.0)
+    submit(scheduler, make_request("r0", "a"))
+    (home,) = placed(scheduler).values()
+    submit(scheduler, make_request("r1", "a"))
+    assert placed(scheduler) == {"r1": {"w0": "w1", "w1": "w0"}[home]}
+
+
 def test_the_oldest_request_is_not_overtaken_on_the_worker_it_waits_for() -> None:
     scheduler = make_scheduler(policy="cluster", max_overtaking=0)
     scheduler.register(make_hello("w0", num_pages=8), 0.0)

@@ -227,6 +227,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = end
 
     @invariant()
+    def nobody_is_idle_while_there_is_something_to_do(self) -> None:
+        """Work conserving: whoever has nothing could take none of the heads that wait."""
+        if not self.scheduler.life.assigning:
+            return
+        for worker in self.scheduler.fleet.ready:
+            if not worker.requests:
+                for other in self.scheduler.fleet.workers:
+                    assert not any(worker.can_take(head) for head in list(other.line.candidates(100)))
+
+    @invariant()
     def counts_agree(self) -> None:
         queued = list(self.scheduler.queue)
         assert self.scheduler.queue.num_requests == len(queued)

@@ -44,7 +44,7 @@ def sources(stage: str) -> list[str]:
         for line in stages()[stage]
         if line.startswith("COPY")
         for source in line.split()[1:-1]
-        if not source.startswith("--")
+        if not source.startswith(("--", "/wheels"))
     ]
 
 

@@ -199,7 +199,7 @@ class Dispatcher:
             applied_seq=worker.applied_seq,
             line_requests=worker.line.num_requests,
             line_seconds=worker.line.cost_seconds,
-            adapters_in_use=len(worker.adapters_in_use),
+            adapters_in_use=len(worker.in_use.names),
             step_budget_tokens=worker.step_budget or 0,
         )
 

@@ -13,6 +13,8 @@ _FORGETTING = 0.998
 _UNCERTAINTY = 1e3
 # It never grows above this, however long nothing new is seen (Landau's bounded gain).
 _MAX_UNCERTAINTY = 1e4
+# Reports that are looked at together; each of as many first ones is looked at alone.
+REPORTS_OF_A_LOOK = 8
 # A feature costs at least this part of the prior: noise must not make work free.
 _LEAST = 0.01
 
@@ -36,6 +38,25 @@ class StepFacts:
             self.decode_tokens + other.decode_tokens,
             self.adapters + other.adapters,
         )
+
+
+class FactSum:
+    """Sums up reports until they are worth a look: a model of steps need not follow every one, but the first ones."""
+
+    def __init__(self) -> None:
+        self._facts: StepFacts | None = None
+        self._num_reports = 0
+        self._num_sums = 0
+
+    def add(self, facts: StepFacts) -> StepFacts | None:
+        """The sum when it is worth a look, which then starts anew."""
+        self._facts = facts if self._facts is None else self._facts.plus(facts)
+        self._num_reports += 1
+        if self._num_reports < REPORTS_OF_A_LOOK <= self._num_sums:
+            return None
+        total, self._facts, self._num_reports = self._facts, None, 0
+        self._num_sums += 1
+        return total
 
 
 class CostModel:

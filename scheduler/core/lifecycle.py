@@ -130,7 +130,7 @@ class Lifecycle:
         self.queue.remove(request)
         if request.order_key is None:
             request.order_key = next(self._order_keys)
-        if (key := worker.front_key(request.adapter, order_key)) is not None:
+        if (key := worker.in_use.front_key(request.adapter, order_key)) is not None:
             request.order_key = min(request.order_key, key)
         tier = worker.tier(request.adapter) if request.adapter else None
         reason = self._reason(request, worker)

@@ -17,7 +17,7 @@ def new_step_budget(worker: Worker, settings: Settings) -> int | None:
     most, target = worker.capacity.max_step_tokens, settings.step_target_seconds
     if not target or not most or worker.costs.num_reports % _REPORTS_OF_A_BUDGET:
         return None
-    decodes, adapters = worker.num_running, len(worker.adapters_in_use)
+    decodes, adapters = worker.num_running, len(worker.in_use.names)
     tokens = decodes + worker.costs.prefill_tokens_within(target, decodes, adapters)
     tokens = min(max(tokens, settings.min_step_tokens), most)
     if worker.step_budget is not None and abs(tokens - worker.step_budget) <= _LEAST_CHANGE * worker.step_budget:

@@ -83,7 +83,7 @@ class Placement:
 
     def _num_adapters(self, worker: Worker) -> int:
         """Adapters that its requests and its line need."""
-        return len(worker.adapters_in_use) + worker.line.num_adapters
+        return len(worker.in_use.names) + worker.line.num_adapters
 
     def _is_home(self, worker: Worker, adapter: str) -> bool:
         return worker.has(adapter) or worker.line.has(adapter)

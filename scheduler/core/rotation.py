@@ -57,12 +57,12 @@ def _yielding(worker: Worker, request: Request, *, at_home: bool) -> list[tuple[
 
     One for what was rotated out (`at_home`); as many as make room within the share of the pool for a newcomer.
     """
-    turns = sorted((began, adapter) for adapter, began in worker.turns.items() if adapter != request.adapter)
+    turns = sorted((began, adapter) for adapter, began in worker.in_use.turns.items() if adapter != request.adapter)
     if at_home:
         return turns[:1]
     excess = worker.excess_adapter_pages(request)
     for index, (_, adapter) in enumerate(turns):
-        excess -= worker.pages_in_use(adapter)
+        excess -= worker.in_use.pages_of(adapter)
         if excess <= 0:
             return turns[: index + 1]
     return turns

@@ -108,7 +108,7 @@ class Rounds:
             busiest = busiest[:_DONORS]
         behind = [other for other in busiest if not worker.requests or self._placement.is_far_above(donors[other], own)]
         for donor in behind:
-            heads = donor.line.heads_of(worker.adapters_in_use)
+            heads = donor.line.heads_of(worker.in_use.names)
             for request in heads[: self._settings.lookahead_lanes]:
                 if self._selection.fits(worker, request):
                     return donor, request

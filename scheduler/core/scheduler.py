@@ -170,7 +170,7 @@ class Scheduler:
         if not worker.move_adapters(report.residency):
             raise ReportGapError(f"a change of residency is missing in the reports of worker {worker.worker_id}")
         if report.costs is not None:
-            if (facts := worker.gather(report.costs)) is not None:
+            if (facts := worker.facts.add(report.costs)) is not None:
                 self.life.costs.update(facts)
                 worker.costs.update(facts)
             if facts and (tokens := new_step_budget(worker, self.settings)) is not None:

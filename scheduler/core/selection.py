@@ -57,7 +57,7 @@ class Selection:
         S-LoRA's clustering (section 4.2) with two bounds: the head has waited for less than `cluster_wait_seconds`, and
         no client gets ahead of the head's by more than `cluster_slack_seconds` of service.
         """
-        in_use = worker.adapters_in_use
+        in_use = worker.in_use.names
         while not worker.full and len(in_use) >= self.max_adapters(worker):
             head = line.head()
             if head is None or not head.adapter or head.adapter in in_use:

@@ -1,17 +1,16 @@
 """One registered worker as the core sees it: what it has, what it was given, and what it could still take."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from scheduler.core.commands import Action, Command, Preempt
-from scheduler.core.costs import CostModel, StepFacts
+from scheduler.core.costs import CostModel, FactSum
+from scheduler.core.in_use import AdaptersInUse
 from scheduler.core.lines import Line
 from scheduler.core.model import Capacity, Hello, Key, Progress, Request, RequestState, Residency, Tier
 from scheduler.core.pages import peak_pages
 from scheduler.core.prefixes import PrefixMemory
 from scheduler.core.settings import Settings
 
-# Reports of steps that are looked at together; each of the first ones is.
-_FACTS_OF_A_LOOK = 8
 # Adapters that are remembered to have been prefetched.
 _MAX_PREFETCHED = 1024
 
@@ -32,8 +31,7 @@ class Worker:
         # What came to its line and left it until its adapters were last prefetched.
         self.prefetched_at = 0
         self.costs = CostModel()
-        self._facts: StepFacts | None = None
-        self._num_facts = 0
+        self.facts = FactSum()
         # The limit of its steps as it was last told; None before.
         self.step_budget: int | None = None
         self.requests: dict[Key, Request] = {}
@@ -49,12 +47,8 @@ class Worker:
         self._seq = 0
         self._outbox: list[Command] = []
         self._residency_sequence: int | None = None
-        # Adapter -> how many requests use it that are not rotated out, its pages, and since when it has users.
-        self._adapter_users: dict[str, int] = {}
-        self._adapter_pages: dict[str, int] = {}
-        self.turns: dict[str, float] = {}
-        self._front_keys: dict[str, int] = {}
-        self._num_adapter_pages = 0
+        # By its requests, those that are rotated out excepted.
+        self.in_use = AdaptersInUse()
         # Requests that were told to give their pages back in favour of another adapter, and have not run since; each
         # with the number of that command.
         self.rotated: dict[Key, int] = {}
@@ -93,35 +87,12 @@ class Worker:
 
     def has(self, adapter: str) -> bool:
         """Nothing, or only a copy from host memory, is needed before it can run the adapter."""
-        known = adapter in self._adapter_users or adapter in self._prefetched
+        known = adapter in self.in_use or adapter in self._prefetched
         return known or self.tier(adapter) is not Tier.STORE
-
-    @property
-    def adapters_in_use(self) -> Collection[str]:
-        """Adapters of the requests it has, those that are rotated out excepted."""
-        return self._adapter_users.keys()
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens at the beginning of its prompt that were computed here a while ago and may still be cached."""
         return self._prefixes.num_known(request.prefix) * request.prefix_chunk_tokens if request.prefix else 0
-
-    def gather(self, facts: StepFacts) -> StepFacts | None:
-        """What its steps took, summed up until it is worth a look: a model of them need not follow every report."""
-        self._facts = facts if self._facts is None else self._facts.plus(facts)
-        self._num_facts += 1
-        if self._num_facts < _FACTS_OF_A_LOOK and self.costs.num_reports >= _FACTS_OF_A_LOOK:
-            return None
-        gathered, self._facts, self._num_facts = self._facts, None, 0
-        return gathered
-
-    def front_key(self, adapter: str, order_key: int | None) -> int | None:
-        """The order key of what comes in the turn of an adapter that another had to end for; None in other turns.
-
-        `order_key` begins such a turn, which lasts as long as the adapter is in use.
-        """
-        if order_key is not None:
-            self._front_keys[adapter] = order_key
-        return self._front_keys.get(adapter)
 
     def remember_prefix(self, request: Request) -> None:
         self._prefixes.add(request.prefix)
@@ -141,7 +112,7 @@ class Worker:
 
     def uses(self, adapter: str) -> bool:
         """One of its requests needs the adapter."""
-        return adapter in self._adapter_users
+        return adapter in self.in_use
 
     def adapter_pages(self, request: Request) -> int:
         """Pages of the request's adapter; what the worker says itself when the request does not know."""
@@ -161,7 +132,7 @@ class Worker:
     def has_room_for_adapter(self, request: Request) -> bool:
         """Whether the request's adapter may join those in use: beyond their share of the pool they would push each
         other, and the KV, out of it."""
-        if not request.adapter or request.adapter in self._adapter_users or not self._adapter_users:
+        if not request.adapter or request.adapter in self.in_use or not self.in_use.names:
             return True
         return self.excess_adapter_pages(request) <= 0
 
@@ -169,10 +140,6 @@ class Worker:
         """Pages that adapters in use and the request's would have beyond their share of the pool."""
         share = self._settings.adapter_pool_share * self.capacity.num_pages
         return self._pages_of_adapters_with(request) - share
-
-    def pages_in_use(self, adapter: str) -> int:
-        """Pages of an adapter in use."""
-        return self._adapter_pages[adapter]
 
     def can_take(self, request: Request) -> bool:
         """Whether it may be given the request now."""
@@ -273,21 +240,12 @@ class Worker:
 
     def _enter(self, request: Request, now: float) -> None:
         if request.adapter:
-            users = self._adapter_users.get(request.adapter, 0)
-            if not users:
-                self._adapter_pages[request.adapter] = self.adapter_pages(request)
-                self._num_adapter_pages += self._adapter_pages[request.adapter]
-                self.turns[request.adapter] = now
-            self._adapter_users[request.adapter] = users + 1
+            self.in_use.enter(request.adapter, self.adapter_pages(request), now)
         self._count(request, 1)
 
     def _exit(self, request: Request) -> None:
         if request.adapter:
-            self._adapter_users[request.adapter] -= 1
-            if not self._adapter_users[request.adapter]:
-                del self._adapter_users[request.adapter], self.turns[request.adapter]
-                self._front_keys.pop(request.adapter, None)
-                self._num_adapter_pages -= self._adapter_pages.pop(request.adapter)
+            self.in_use.leave(request.adapter)
         self._count(request, -1)
 
     def command(self, action: Action) -> int:
@@ -328,8 +286,8 @@ class Worker:
         self._profile = self._misfit = None
 
     def _pages_of_adapters_with(self, request: Request) -> int:
-        needs_more = request.adapter and request.adapter not in self._adapter_users
-        return self._num_adapter_pages + (self.adapter_pages(request) if needs_more else 0)
+        needs_more = request.adapter and request.adapter not in self.in_use
+        return self.in_use.num_pages + (self.adapter_pages(request) if needs_more else 0)
 
 
 def _sequences(request: Request) -> list[tuple[int, int]]:

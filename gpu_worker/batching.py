@@ -9,6 +9,7 @@ from gpu_worker.headroom import Headroom
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.prefix_cache import PrefixKeys
 from gpu_worker.sequence import Sequence, SequenceState
+from gpu_worker.sequence_index import SequenceIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,13 @@ class Batcher:
         self._step_budget = max_step_tokens
         self._max_sequences = max_sequences
         self._headroom = Headroom(memory.geometry.page_size)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences = SequenceIndex()
         # sorted by order_key
         self._waiting: list[tuple[int, str]] = []
         self._running: dict[str, Sequence] = {}
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences.values())
+        return iter(self._sequences)
 
     def get(self, sequence_id: str) -> Sequence | None:
         return self._sequences.get(sequence_id)
@@ -94,11 +95,19 @@ class Batcher:
 
     def outputs(self, attempt_id: str) -> list[Sequence]:
         """Outputs of an attempt that have not ended."""
-        return [sequence for sequence in self._sequences.values() if sequence.attempt_id == attempt_id]
+        return self._sequences.of_attempt(attempt_id)
+
+    def attempts(self, tenant: str, request_id: str) -> list[Sequence]:
+        """Outputs of every attempt at a request that have not ended."""
+        return self._sequences.of_request(tenant, request_id)
+
+    def users(self, adapter_version: str) -> list[Sequence]:
+        """Sequences of an adapter, whether they hold pages or wait."""
+        return self._sequences.of_adapter(adapter_version)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in line."""
-        self._sequences[sequence.sequence_id] = sequence
+        self._sequences.add(sequence)
         insort(self._waiting, (sequence.order_key, sequence.sequence_id))
 
     def reorder(self, sequence: Sequence, order_key: int) -> None:
@@ -114,7 +123,7 @@ class Batcher:
 
     def remove(self, sequence: Sequence, last_step: int) -> None:
         """Forgets a sequence and frees what it holds; launched step `last_step` may still touch its pages."""
-        del self._sequences[sequence.sequence_id]
+        self._sequences.remove(sequence)
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove((sequence.order_key, sequence.sequence_id))
         else:
@@ -142,7 +151,7 @@ class Batcher:
 
     def adapter_loaded(self, adapter_version: str) -> list[Sequence]:
         """The adapter is in pages: its admitted sequences join the next step."""
-        joined = [sequence for sequence in self._running.values() if sequence.adapter_version == adapter_version]
+        joined = [sequence for sequence in self.users(adapter_version) if sequence.sequence_id in self._running]
         for sequence in joined:
             sequence.state = SequenceState.RUNNING
         return joined

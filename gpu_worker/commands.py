@@ -151,7 +151,7 @@ class CommandProcessor:
         first = outputs[0]
         first.timings.offered = time.monotonic()
         # A newer attempt fences the older ones, in whatever order they come.
-        for other in [s for s in self._batcher if (s.tenant, s.request_id) == (first.tenant, first.request_id)]:
+        for other in self._batcher.attempts(first.tenant, first.request_id):
             if other.attempt > first.attempt:
                 self._end_unstarted(outputs)
                 return
@@ -185,11 +185,13 @@ class CommandProcessor:
         geometry = self._memory.geometry
         most = min(len(sequence.prompt_token_ids) + sequence.stopping.max_tokens, self._max_context_tokens)
         kv, adapter = geometry.pages_for_tokens(most), geometry.pages_for_bytes(adapter_bytes)
-        if kv + adapter <= self._memory.num_pages:
+        pinned = self._memory.adapters.operator_pinned_pages(excluding=sequence.adapter_version)
+        if kv + adapter <= self._memory.num_pages - pinned:
             return None
+        others = f", of which operators pinned {pinned} for other adapters" if pinned else ""
         message = (
             f"the request needs {kv} pages for {most} tokens and {adapter} for its adapter; "
-            f"the pool has {self._memory.num_pages}"
+            f"the pool has {self._memory.num_pages}{others}"
         )
         return FailedPrecondition("REQUEST_TOO_LARGE", message)
 
@@ -237,13 +239,13 @@ class CommandProcessor:
             self._fail_adapter(fetched.adapter_version, error)
             return
         # Their offers may have promised a smaller adapter than came; waiting for pages would be for ever.
-        for sequence in [s for s in self._batcher if s.adapter_version == fetched.adapter_version]:
+        for sequence in self._batcher.users(fetched.adapter_version):
             if error := self._never_fits(sequence, fetched.layout.total_bytes):
                 self._batcher.remove(sequence, self._last_step)
                 self._outbox.fail(sequence, error)
 
     def _fail_adapter(self, adapter_version: str, error: LoraplexError) -> None:
-        for sequence in [s for s in self._batcher if s.adapter_version == adapter_version]:
+        for sequence in self._batcher.users(adapter_version):
             self._batcher.remove(sequence, self._last_step)
             self._outbox.fail(sequence, error)
 
@@ -297,9 +299,18 @@ class CommandProcessor:
         if kind == "evict":
             return self._memory.evict(command.evict.adapter_version)
         if kind == "pin":
-            self._memory.adapters.set_operator_pin(command.pin.adapter_version, pinned=True)
+            self._pin(command.pin.adapter_version)
         elif kind == "unpin":
             self._memory.adapters.set_operator_pin(command.unpin.adapter_version, pinned=False)
         elif kind == "prefetch":
             self._prefetcher.hint(command.prefetch.tenant, command.prefetch.adapter_version)
         return 0
+
+    def _pin(self, adapter_version: str) -> None:
+        """Refused when a request that is here could then never get its pages: it would hold up everybody behind it."""
+        self._memory.adapters.set_operator_pin(adapter_version, pinned=True)
+        for sequence in self._batcher:
+            layout = self._host.layout(sequence.adapter_version)
+            if error := self._never_fits(sequence, layout.total_bytes if layout else 0):
+                self._memory.adapters.set_operator_pin(adapter_version, pinned=False)
+                raise AdapterInUseError(f"with this pin a request that is here could never run: {error.message}")

@@ -77,6 +77,7 @@ class AdapterCache:
         self._costs = costs
         self._loads = 0
         self._adapters: dict[str, ResidentAdapter] = {}
+        self._operator_pinned: dict[str, ResidentAdapter] = {}
         # (demand, demand_at) of adapters that are not resident, the last to leave last
         self._remembered: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
@@ -129,7 +130,16 @@ class AdapterCache:
             raise KeyError(adapter_version)
         self._queue.discard(adapter)
         adapter.operator_pinned = pinned
+        if pinned:
+            self._operator_pinned[adapter_version] = adapter
+        else:
+            self._operator_pinned.pop(adapter_version, None)
         self._rest(adapter)
+
+    def operator_pinned_pages(self, *, excluding: str) -> int:
+        """Pages of adapters that operators pinned, other than `excluding`."""
+        pinned = (adapter for adapter in self._operator_pinned.values() if adapter.adapter_version != excluding)
+        return sum(adapter.num_pages for adapter in pinned)
 
     def remove(self, adapter_version: str) -> ResidentAdapter:
         """Frees the adapter's pages. Raises AdapterInUseError saying by whom it is held."""

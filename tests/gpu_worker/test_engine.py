@@ -133,21 +133,6 @@ def test_a_pool_for_one_at_a_time_still_serves_all(tiny_checkpoint: Path) -> Non
     assert driver.ended.keys() == {"first", "second", "third"}
 
 
-def test_a_sequence_that_gives_up_lets_the_next_one_in(tiny_checkpoint: Path, tiny_adapters: list[TinyAdapter]) -> None:
-    """An operator's pin takes what the younger one needs: it waits, and the older one must not wait with it."""
-    driver = EngineDriver(tiny_checkpoint, tiny_adapters, 12)
-    driver.generate("user", [2], "rank-3", max_tokens=1)
-    driver.send(memory={"pin": {"adapter_version": "rank-3"}})
-    driver.offer("young", [2] * 20, max_tokens=28, order_key=2)
-    driver.step()
-    driver.offer("old", [2] * 28, max_tokens=4, order_key=1)
-    driver.run()
-    before = driver.ended.keys() - {"user"}
-    driver.send(memory={"unpin": {"adapter_version": "rank-3"}})
-    driver.run()
-    assert (before, driver.ended.keys() - {"user"}) == ({"old"}, {"old", "young"})
-
-
 def test_each_position_is_a_draw_of_its_own(tiny_checkpoint: Path) -> None:
     tokens = EngineDriver(tiny_checkpoint).generate("s", [2, 3], max_tokens=40, temperature=10.0)
     # Nearly uniform over 64 tokens; one draw for all positions would give a handful.

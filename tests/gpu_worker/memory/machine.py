@@ -357,6 +357,12 @@ class MemoryMachine(RuleBasedStateMachine):
         assert self.in_use() - {""} <= self.resident() | set(self.loading())
 
     @invariant()
+    def pinned_pages_are_told_truly(self) -> None:
+        for excluding in ("", "two"):
+            told = self.memory.adapters.operator_pinned_pages(excluding=excluding)
+            assert told == sum(ADAPTERS[adapter] for adapter in self.pinned - {excluding})
+
+    @invariant()
     def evictable_pages_are_told_truly(self) -> None:
         assert self.memory.evictable_pages == self.evictable_pages()
 

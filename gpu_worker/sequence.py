@@ -106,17 +106,14 @@ class Sequence:
     preemptions: int = 0
     timings: Timings = field(default_factory=Timings)
 
+    # Unique in a worker: an old attempt and its successor may meet here. Kept because every step asks for them.
+    attempt_id: str = field(init=False)
+    sequence_id: str = field(init=False)
+
     def __post_init__(self) -> None:
         self.outputs.append(self)
-
-    @property
-    def attempt_id(self) -> str:
-        """Unique in a worker: an old attempt and its successor may meet here."""
-        return f"{self.tenant}/{self.request_id}/{self.attempt}"
-
-    @property
-    def sequence_id(self) -> str:
-        return f"{self.attempt_id}/{self.output_index}"
+        self.attempt_id = f"{self.tenant}/{self.request_id}/{self.attempt}"
+        self.sequence_id = f"{self.attempt_id}/{self.output_index}"
 
     @property
     def finished(self) -> bool:

@@ -61,6 +61,19 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@cache
+def _has_flashinfer() -> bool:
+    return find_spec("flashinfer") is not None
+
+
+def use_flashinfer(tensor: Tensor) -> bool:
+    """True = attention on a GPU goes to FlashInfer; forcing any backend leaves it out."""
+    if _forced or not tensor.is_cuda or not _has_flashinfer():
+        return False
+    calls["paged_attention", "flashinfer"] += 1
+    return True
+
+
 def use_triton(op: str, tensor: Tensor, *, by_default: bool = True) -> bool:
     """True = run the Triton kernel; `tensor` says where the operation's tensors are.
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.paged_attention import cpu
+from kernels.paged_attention import cpu, flashinfer
 from kernels.paged_attention.reference import paged_attention_reference
 
 
@@ -30,6 +30,11 @@ def paged_attention(
     decode_only: the caller knows that no sequence has more than one query token; on a GPU that saves a launch.
     Returns `[num_tokens, num_heads, head_dim]` in the query's dtype, rounded once from float32.
     """
+    supported = query.is_cuda and flashinfer.supports(query, kv_pages, decode_only=decode_only)
+    if supported and dispatch.use_flashinfer(query):
+        return flashinfer.paged_attention_flashinfer(
+            query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window
+        )
     if dispatch.use_triton("paged_attention", query):
         from kernels.paged_attention.triton import paged_attention_triton
 

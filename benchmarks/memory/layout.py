@@ -1,7 +1,7 @@
 """Decode attention over page-major and layer-major KV, in turns: `python -m benchmarks.memory.layout`.
 
-One JSON line a row. Page-major keeps all layers of a page together, as the pool must for adapters to share it; layer-
-major keeps all pages of a layer together, as engines with a KV cache alone do. The kernel takes strides: both are views.
+One JSON line a row. Page-major keeps all layers of a page together, as the pool must for adapters to share it.
+Layer-major keeps all pages of a layer together, as engines with a KV cache alone do. The kernel takes strides.
 """
 
 import json

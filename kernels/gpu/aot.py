@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kernels.gpu.launch import Argument, Launch
@@ -91,12 +92,12 @@ def _is_aligned(argument: Argument) -> bool:
 
 def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     """(registers, spilled bytes) from the assembler that ships with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = get_ptxas(capability).path
     suffix = "a" if capability >= 90 else ""
     with TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"]
+        command = [tool, "-v", f"--gpu-name=sm_{capability}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used, spilled = _USED.search(said), _SPILLED.search(said)
     if used is None or spilled is None:

@@ -21,7 +21,8 @@ ABLATIONS = ("engine", "padded-bmm", "divided", "slots", "merge")
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     _save(_systems(rows), folder / "serving.svg")
-    _save(_ablations(rows), folder / "ablations.svg")
+    if any("pool_kv_share" in row for row in rows):
+        _save(_ablations(rows), folder / "ablations.svg")
 
 
 def _save(figure: Any, path: Path) -> None:

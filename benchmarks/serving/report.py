@@ -161,10 +161,19 @@ def page(rows: Sequence[Row]) -> str:
             "Our engine over baselines that have one part replaced, every pool of the same bytes: the KV of all"
             " requests times the number, and 16 adapters.",
             table(rows, ABLATIONS, "over"),
-            "![Tokens per second of the baselines as the pool shrinks](images/ablations.svg)",
+            *(
+                ["![Tokens per second of the baselines as the pool shrinks](images/ablations.svg)"]
+                if capped(rows)
+                else []
+            ),
             figures(rows),
         ]
     )
+
+
+def capped(rows: Sequence[Row]) -> bool:
+    """Some were measured in a pool of fixed bytes."""
+    return any("pool_kv_share" in row for row in rows)
 
 
 def read_rows(path: Path = RESULTS) -> list[Row]:

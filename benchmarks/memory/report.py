@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
+EVICTION_PLOT = "\n\n![Miss-seconds against LRU](images/memory-eviction.svg)"
 Row = dict[str, Any]
 
 
@@ -107,7 +108,7 @@ def _eviction(rows: Sequence[Row]) -> str:
         lru = " / ".join(str(row["lru_miss_seconds"]) for row in own)
         lines.append([requests, trace, joint, lru, f"{min(row['fewer'] for row in own):.1%}"])
     names = ["requests", "popularity of 200 adapters", "joint, s", "LRU, s", "fewer, the worst seed"]
-    return f"**Miss-seconds**, a seed each. {_about(rows)}\n\n" + _table(names, lines)
+    return f"**Miss-seconds**, a seed each. {_about(rows)}\n\n" + _table(names, lines) + EVICTION_PLOT
 
 
 def main() -> None:

@@ -82,8 +82,8 @@ class Placement:
         return sum(self._is_home(worker, adapter) for worker in self._fleet.workers) if adapter else 0
 
     def _num_adapters(self, worker: Worker) -> int:
-        """Adapters that its requests and its line need."""
-        return len(worker.in_use.names) + worker.line.num_adapters
+        """About as many as it has or will have. Those that nobody uses now count too: their requests come back."""
+        return max(len(worker.residents), len(worker.in_use.names)) + worker.line.num_adapters
 
     def _is_home(self, worker: Worker, adapter: str) -> bool:
         return worker.has(adapter) or worker.line.has(adapter)

@@ -1,5 +1,6 @@
 """A real gateway between fake peers, over real sockets."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from socketserver import BaseServer
@@ -35,9 +36,11 @@ class Fleet:
         return adapter_store_pb2_grpc.AdapterStoreServiceStub(self.channel)
 
     async def running(self) -> types_pb2.RequestKey:
-        """The key of the next request, after the scheduler has placed it on the worker."""
+        """The key of the next request, once the gateway knows that the scheduler has placed it on the worker."""
         spec = await self.scheduler.submitted()
         await self.scheduler.place(spec.key)
+        while (known := self.gateway.table.current(spec.key)) is not None and not known.worker_id:
+            await asyncio.sleep(0)
         return spec.key
 
     async def restart_scheduler(self, workers: Sequence[scheduler_pb2.WorkerInfo] | None = None) -> None:

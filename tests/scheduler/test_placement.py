@@ -91,6 +91,17 @@ def test_two_workers_share_200_requests_of_8_adapters(popularity: str, concurren
     assert all(len(worker.loads) == len(set(worker.loads)) for worker in workers)
 
 
+def test_adapters_that_come_one_by_one_are_shared_out_too() -> None:
+    """Nothing is ever queued or running beside a request, and all adapters would rather go to the same worker."""
+    names = (f"a{index}" for index in itertools.count())
+    drawn = list(itertools.islice((name for name in names if rendezvous(name, "w0") > rendezvous(name, "w1")), 8))
+    requests = [make_request(f"r{index}", drawn[index % 8], prompt=10, max_tokens=20) for index in range(80)]
+    workers = [SimulatedWorker(name, num_pages=400) for name in ("w0", "w1")]
+    tokens = run(make_scheduler(), workers, requests, 1)
+    assert min(tokens[worker.worker_id] for worker in workers) >= 0.3 * tokens.total()
+    assert all(len(worker.loads) == len(set(worker.loads)) for worker in workers)
+
+
 def test_an_adapter_stays_on_at_most_two_of_four_workers() -> None:
     adapters = (f"a{index % 8}" for index in itertools.count())
     requests = [make_request(f"r{index}", next(adapters), prompt=10, max_tokens=40) for index in range(200)]

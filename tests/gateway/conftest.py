@@ -39,7 +39,7 @@ class Fleet:
         """The key of the next request, once the gateway knows that the scheduler has placed it on the worker."""
         spec = await self.scheduler.submitted()
         await self.scheduler.place(spec.key)
-        while (known := self.gateway.table.current(spec.key)) is not None and not known.worker_id:
+        while (known := self.gateway.table.current(spec.key)) is not None and not known.worker_id:  # noqa: ASYNC110  # no event tells
             await asyncio.sleep(0)
         return spec.key
 

@@ -35,6 +35,8 @@ def test_our_engine_answers_what_peft_answers(tiny: Tiny) -> None:
     assert outcome.outputs == tiny.answers
     assert [len(times) for times in outcome.token_seconds] == [len(tokens) for tokens in tiny.answers]
     assert all(list(times) == sorted(times) for times in outcome.token_seconds)
+    # Now every adapter is resident, so nobody joins late.
+    assert system.run(tiny.workload).outputs == tiny.answers
     assert max(stats.distinct_adapters for stats in system.stats) == NUM_ADAPTERS
 
 
@@ -90,7 +92,7 @@ def test_reserved_slots_bound_the_adapters_of_a_batch(tiny: Tiny) -> None:
     adapter_bytes = 2 * slot_bytes(tiny.fixture) + 10_000
     system = DividedSystem(tiny.fixture, 1, ROOMY, adapter_bytes, slotted=True)
     assert system.run(tiny.workload).outputs == tiny.answers
-    assert max(stats.distinct_adapters for stats in system.stats) == 2
+    assert max(stats.distinct_adapters for stats in system.stats) <= 2
 
 
 def test_merging_runs_one_adapter_at_a_time_on_the_base_path(tiny: Tiny) -> None:

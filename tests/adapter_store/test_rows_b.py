@@ -5,7 +5,6 @@ import hashlib
 import resource
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,12 +61,10 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     fetcher.fetch(needed)
     assert (await replies.get()).HasField("adapter_fetched")
     await service.stop()
-    started = time.monotonic()
     fetcher.fetch(needed)
-    failed = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetch_failed
-    assert failed.error.reason == "ADAPTER_STORE_UNAVAILABLE"
     # Ten times the second of the row: the machine may be busy.
-    assert time.monotonic() - started < 10.0
+    failed = (await asyncio.wait_for(replies.get(), timeout=10)).adapter_fetch_failed
+    assert failed.error.reason == "ADAPTER_STORE_UNAVAILABLE"
     assert replies.empty()
     await fetcher.close()
     cache.close()

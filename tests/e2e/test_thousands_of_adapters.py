@@ -162,7 +162,8 @@ async def test_two_thousand_adapters_in_the_room_of_fifty(
         worker = fleet.workers[0]
         usage = assert_books_balance(worker)
         evictions = metric(worker, "loraplex_adapter_evictions_total")
-        cached = sum(path.stat().st_size for path in (tmp_path / "data" / "cache-worker-0").glob("*.packed"))
+    # The worker has stopped: while it runs, what was asked for ahead still comes and pushes older files out.
+    cached = sum(path.stat().st_size for path in (tmp_path / "data" / "cache-worker-0").glob("*.packed"))
     growth = sum(after.values()) - sum(before.values())
     with capsys.disabled():
         sizes = {name: f"{before[name] >> 20} -> {after[name] >> 20} MiB" for name in before}

@@ -1,18 +1,19 @@
-"""Applies what arrived between two steps: commands of the scheduler, of gateways and operators, finished loads."""
+"""Applies what arrived between two steps: commands of the scheduler and of gateways, finished loads."""
 
 import logging
 import time
 from collections.abc import Iterable, Iterator
 
-from common.errors import DataLoss, FailedPrecondition, InvalidArgument, LoraplexError, NotFound, from_proto, to_proto
+from common.errors import DataLoss, LoraplexError, from_proto
 from gpu_worker.batching import Batcher
 from gpu_worker.convert import attempt_id, to_progress, to_sequences
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import LoadDone
-from gpu_worker.memory.adapter_cache import AdapterInUseError
 from gpu_worker.memory.manager import MemoryManager
+from gpu_worker.memory_calls import MemoryCalls
 from gpu_worker.outbox import Outbox
 from gpu_worker.prefetch import Prefetcher
+from gpu_worker.request_limits import RequestLimits
 from gpu_worker.sequence import Sequence, SequenceState
 from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
@@ -83,8 +84,8 @@ class CommandProcessor:
         self._tiers = tiers
         self._outbox = outbox
         self._eos_token_ids = eos_token_ids
-        self._max_context_tokens = max_context_tokens
-        self._vocab_size = vocab_size
+        self._limits = RequestLimits(memory, max_context_tokens=max_context_tokens, vocab_size=vocab_size)
+        self._memory_calls = MemoryCalls(batcher, memory, host, prefetcher, tiers, self._limits)
         # Attempts given back lately: the report of it may get lost with a stream.
         self._revoked: dict[str, scheduler_pb2.RequestProgress] = {}
 
@@ -113,7 +114,7 @@ class CommandProcessor:
                 for sequence in [s for s in self._batcher if s.gateway_id == arrival.gateway_lost.gateway_id]:
                     self._end_aborted(sequence, scheduler_pb2.ABORT_CAUSE_CANCELLED)
             elif kind == "memory":
-                events.append(engine_pb2.EngineEvent(memory=self._memory_reply(arrival.memory)))
+                events.append(engine_pb2.EngineEvent(memory=self._memory_calls.reply(arrival.memory)))
             elif kind == "take_snapshot":
                 events.append(engine_pb2.EngineEvent(snapshot=self._snapshot()))
                 self.log.restart()
@@ -159,7 +160,7 @@ class CommandProcessor:
         resident = self._memory.adapters.get(first.adapter_version)
         layout = resident.layout if resident else self._host.layout(first.adapter_version)
         adapter_bytes = layout.total_bytes if layout else offer.request.adapter_bytes
-        if error := self._unusable_tokens(first) or self._never_fits(first, adapter_bytes):
+        if error := self._limits.unusable_tokens(first) or self._limits.never_fits(first, adapter_bytes):
             self._outbox.fail(first, error)
             return
         for sequence in outputs:
@@ -170,30 +171,6 @@ class CommandProcessor:
         for sequence in outputs:
             sequence.state = SequenceState.FINISHED
             self._outbox.finish(sequence, types_pb2.FINISH_REASON_ABORTED, counted_as="cancelled")
-
-    def _unusable_tokens(self, sequence: Sequence) -> LoraplexError | None:
-        """What a gateway should have refused: it would break the whole batch."""
-        if not 1 <= sequence.num_tokens <= self._max_context_tokens:
-            message = f"the request has {sequence.num_tokens} tokens; the model takes 1 to {self._max_context_tokens}"
-            return InvalidArgument("PROMPT_LENGTH", message)
-        if (largest := max(sequence.token_ids(0, sequence.num_tokens))) >= self._vocab_size:
-            message = f"token id {largest} is not in the vocabulary of {self._vocab_size}"
-            return InvalidArgument("UNKNOWN_TOKEN", message)
-        return None
-
-    def _never_fits(self, sequence: Sequence, adapter_bytes: int) -> LoraplexError | None:
-        geometry = self._memory.geometry
-        most = min(len(sequence.prompt_token_ids) + sequence.stopping.max_tokens, self._max_context_tokens)
-        kv, adapter = geometry.pages_for_tokens(most), geometry.pages_for_bytes(adapter_bytes)
-        pinned = self._memory.adapters.operator_pinned_pages(excluding=sequence.adapter_version)
-        if kv + adapter <= self._memory.num_pages - pinned:
-            return None
-        others = f", of which operators pinned {pinned} for other adapters" if pinned else ""
-        message = (
-            f"the request needs {kv} pages for {most} tokens and {adapter} for its adapter; "
-            f"the pool has {self._memory.num_pages}{others}"
-        )
-        return FailedPrecondition("REQUEST_TOO_LARGE", message)
 
     def _abort(self, abort: scheduler_pb2.Abort) -> None:
         for sequence in self._outputs(abort.key):
@@ -240,7 +217,7 @@ class CommandProcessor:
             return
         # Their offers may have promised a smaller adapter than came; waiting for pages would be for ever.
         for sequence in self._batcher.users(fetched.adapter_version):
-            if error := self._never_fits(sequence, fetched.layout.total_bytes):
+            if error := self._limits.never_fits(sequence, fetched.layout.total_bytes):
                 self._batcher.remove(sequence, self._last_step)
                 self._outbox.fail(sequence, error)
 
@@ -272,45 +249,3 @@ class CommandProcessor:
             resident=self._tiers.snapshot(),
             memory=self._tiers.usage(),
         )
-
-    def _memory_reply(self, command: engine_pb2.MemoryCommand) -> engine_pb2.MemoryReply:
-        reply = engine_pb2.MemoryReply(
-            call_id=command.call_id,
-            running_sequences=self._batcher.num_running,
-            waiting_sequences=self._batcher.num_waiting,
-        )
-        try:
-            reply.freed_pages = self._change_residency(command)
-        except KeyError:
-            error: LoraplexError = NotFound("ADAPTER_NOT_RESIDENT", "the adapter is not resident on this worker")
-            reply.error.CopyFrom(to_proto(error))
-        except AdapterInUseError as problem:
-            reply.error.CopyFrom(to_proto(FailedPrecondition("ADAPTER_IN_USE", str(problem))))
-        reply.memory.CopyFrom(self._tiers.usage())
-        reply.resident_adapters = self._tiers.num_in_pages
-        reply.pending_prefetches = self._prefetcher.num_hints + self._host.num_loading
-        if command.HasField("list_resident"):
-            reply.resident.extend(self._tiers.snapshot())
-        return reply
-
-    def _change_residency(self, command: engine_pb2.MemoryCommand) -> int:
-        """Pins, unpins or evicts; returns pages freed. Raises KeyError or AdapterInUseError."""
-        kind = command.WhichOneof("command")
-        if kind == "evict":
-            return self._memory.evict(command.evict.adapter_version)
-        if kind == "pin":
-            self._pin(command.pin.adapter_version)
-        elif kind == "unpin":
-            self._memory.adapters.set_operator_pin(command.unpin.adapter_version, pinned=False)
-        elif kind == "prefetch":
-            self._prefetcher.hint(command.prefetch.tenant, command.prefetch.adapter_version)
-        return 0
-
-    def _pin(self, adapter_version: str) -> None:
-        """Refused when a request that is here could then never get its pages: it would hold up everybody behind it."""
-        self._memory.adapters.set_operator_pin(adapter_version, pinned=True)
-        for sequence in self._batcher:
-            layout = self._host.layout(sequence.adapter_version)
-            if error := self._never_fits(sequence, layout.total_bytes if layout else 0):
-                self._memory.adapters.set_operator_pin(adapter_version, pinned=False)
-                raise AdapterInUseError(f"with this pin a request that is here could never run: {error.message}")

@@ -1,12 +1,14 @@
 """One model under measurement: its processes, the rounds, and what PEFT answers."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from benchmarks.serving import campaign
 from benchmarks.serving.catalogue import ENTRIES, ORACLE
 from benchmarks.serving.fixture import Fixture
 from benchmarks.serving.host import Host
-from benchmarks.serving.outcome import Outcome, Tokens
+from benchmarks.serving.neighbours import Neighbours
+from benchmarks.serving.outcome import QUIET, Outcome, Tokens
 from benchmarks.serving.progress import say
 from benchmarks.serving.reference import reference
 from benchmarks.serving.roofline import flops
@@ -57,8 +59,12 @@ class Bench:
         return asked.of_base() if ENTRIES[system].of_base else asked
 
     def _run(self, system: str, workload: Workload) -> Outcome:
-        outcome = self._host(ENTRIES[system].host).run(workload, ENTRIES[system].how)
-        say(f"{self._fixture.model} {workload.name} {system}: {outcome.tokens_per_second:.1f} tokens/s")
+        host = self._host(ENTRIES[system].host)
+        neighbours = Neighbours()
+        outcome = host.run(workload, ENTRIES[system].how)
+        outcome = replace(outcome, neighbour_seconds=neighbours.seconds())
+        disturbed = f", others on {outcome.neighbour_cores:.2f} cores" if outcome.neighbour_cores > QUIET else ""
+        say(f"{self._fixture.model} {workload.name} {system}: {outcome.tokens_per_second:.1f} tokens/s{disturbed}")
         if system == ORACLE:
             # The round's tokens are known now; an older answer stays, and this one is compared with it.
             reference(self._fixture, workload, lambda: outcome.outputs)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 Tokens = tuple[tuple[int, ...], ...]
+# Of a core: others that keep more busy disturb a run.
+QUIET = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class Outcome:
     # When each token of each request was there; empty where a system cannot say.
     token_seconds: tuple[tuple[float, ...], ...]
     peak_rss_bytes: int
+    # CPU seconds that others took while it ran; filled in by who measures.
+    neighbour_seconds: float = 0.0
 
     @classmethod
     def from_json(cls, line: str) -> "Outcome":
@@ -34,6 +38,11 @@ class Outcome:
     @property
     def tokens_per_second(self) -> float:
         return sum(map(len, self.outputs)) / self.seconds
+
+    @property
+    def neighbour_cores(self) -> float:
+        """Cores that others kept busy, on the average."""
+        return self.neighbour_seconds / self.seconds
 
     def ttft_seconds(self, percentile: float) -> float | None:
         """Submission to first token, over the requests."""
@@ -70,6 +79,14 @@ def _peak(pid: int) -> int:
 
 
 def with_children(pid: int) -> list[int]:
-    """The process and all that it started, now."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """The process and all that its threads started, now."""
+    children = [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in _words(path)]
     return [pid, *(grandchild for child in children for grandchild in with_children(int(child)))]
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        # The thread has ended.
+        return []

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.hardware import ROOT
 from benchmarks.serving.catalogue import ENTRIES
 from benchmarks.serving.limits import ABLATIONS, HELD_SECONDS, HOP_SECONDS, NOISE, OURS, PEERS, ROOFLINE_M, Line
+from benchmarks.serving.outcome import QUIET
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
@@ -117,8 +118,8 @@ def figures(rows: Sequence[Row]) -> str:
     )
     text = [
         "| model | workload | pool | system | tokens/s (quartiles; runs) | first token p50, p99 ms | between tokens ms"
-        " | peak MB | tokens as PEFT | run, commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | peak MB | tokens as PEFT | others' cores | run, commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in order:
         quartiles = "-".join(f"{value:.0f}" for value in row["tokens_per_second_quartiles"])
@@ -132,10 +133,17 @@ def figures(rows: Sequence[Row]) -> str:
             _ms(row["itl_p50_seconds"], 1),
             f"{row['peak_rss_bytes'] / 1e6:.0f}",
             "yes" if row["token_equal"] else f"all but {row['differing']}",
+            _others(row),
             f"{row['run'][5:16]}, {row['commit']}",
         ]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
+
+
+def _others(row: Row) -> str:
+    """Cores that others kept busy in the most disturbed run; older rows do not know."""
+    most = row.get("neighbour_cores_max")
+    return "not known" if most is None else f"**{most:.2f}**" if most > QUIET else f"{most:.2f}"
 
 
 def _ms(seconds: float | None, digits: int = 0) -> str:

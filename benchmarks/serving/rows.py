@@ -33,6 +33,9 @@ def row(model: str, workload: Workload, name: str, entry: Entry, outcomes: Seque
         "itl_p50_seconds": _median([outcome.itl_seconds(50) for outcome in outcomes]),
         "itl_max_seconds": _median([outcome.itl_seconds(100) for outcome in outcomes]),
         "peak_rss_bytes": max(outcome.peak_rss_bytes for outcome in outcomes),
+        # of the most disturbed run, and of the run in the middle
+        "neighbour_cores_max": round(max(outcome.neighbour_cores for outcome in outcomes), 3),
+        "neighbour_cores": round(statistics.median(outcome.neighbour_cores for outcome in outcomes), 3),
         "token_equal": wrong == 0,
         "differing": wrong,
     }

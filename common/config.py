@@ -13,6 +13,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+MAX_PORT = 65535
+
 _Config = TypeVar("_Config")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -33,6 +35,12 @@ class ServiceConfig:
     log_level: str = option("info", help="lowest level that is logged", choices=("debug", "info", "warning", "error"))
     drain_seconds: float = option(10.0, help="how long calls in flight may go on after SIGTERM")
 
+    def __post_init__(self) -> None:
+        for name, number in (("port", self.port), ("metrics_port", self.metrics_port)):
+            # gRPC takes the remainder of a larger one, and listens there.
+            if not 0 <= number <= MAX_PORT:
+                raise ValueError(f"{name} is {number}; it must be 0 to {MAX_PORT}")
+
 
 def parse(config_class: type[_Config], program: str, argv: Sequence[str] | None = None) -> _Config:
     """Reads flags, then the environment, then defaults. Exits with a usage message on a bad value, as argparse does."""
@@ -43,7 +51,11 @@ def parse(config_class: type[_Config], program: str, argv: Sequence[str] | None 
     hints = typing.get_type_hints(config_class)
     for spec in fields(config_class):  # type: ignore[arg-type]  # every config is a dataclass
         _add_flag(parser, spec, hints[spec.name])
-    return config_class(**vars(parser.parse_args(argv)))
+    arguments = vars(parser.parse_args(argv))
+    try:
+        return config_class(**arguments)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _add_flag(parser: argparse.ArgumentParser, spec: "Field[Any]", hint: Any) -> None:

@@ -82,6 +82,7 @@ class WorkerConfig(EngineConfig, ServiceConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
+        ServiceConfig.__post_init__(self)
         parse_bytes(self.cache_size)
 
 

@@ -1,6 +1,7 @@
 """The engine process: `python -m gpu_worker.engine_main --pipe FD ...`, started by the worker's face."""
 
 import logging
+import os
 import queue
 import signal
 import socket
@@ -52,6 +53,7 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
     """
     hf_config = base_model.read_config(config.model)
+    _check_device(config)
     model = load_model(config.model, config.dtype, config.device)
     sizes = model.config.geometry
     element_bytes = torch.empty(0, dtype=model.dtype).element_size()
@@ -84,6 +86,13 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     )
 
 
+def _check_device(config: EngineConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        without = f"PyTorch {torch.__version__} was built without it: install its CUDA build"
+        why = "no GPU answers: look at what nvidia-smi says" if torch.version.cuda else without
+        raise ValueError(f"device is cuda, but {why}, or use --device cpu")
+
+
 def _storage(config: EngineConfig, geometry: PageGeometry, limit_bytes: int) -> HostStorage:
     return PinnedArena(geometry, limit_bytes, pinned=True) if config.device == "cuda" else MappedFiles()
 
@@ -91,7 +100,10 @@ def _storage(config: EngineConfig, geometry: PageGeometry, limit_bytes: int) -> 
 def _pool_bytes(config: EngineConfig, model: Decoder, geometry: PageGeometry) -> int:
     share = parse_share(config.memory)
     if share is None:
-        return parse_bytes(config.memory)
+        wanted = parse_bytes(config.memory)
+        if config.device == "cpu" and wanted > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            raise ValueError(f"memory is {config.memory}; this machine has {there / 2**30:.1f} GiB in all")
+        return wanted
     from gpu_worker.cuda.place import profiled_pool_bytes
 
     return profiled_pool_bytes(model, geometry, share, config.max_step_tokens, config.max_sequences)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import base_model
 from common.errors import LoraplexError
 from gpu_worker.blob_cache import BlobCache
 from gpu_worker.config import WorkerConfig, parse_bytes
@@ -17,6 +16,7 @@ from gpu_worker.gateway_streams import GatewayStreams
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.residency_mirror import ResidencyMirror
 from gpu_worker.step_log import StepLog
+from gpu_worker.tokenizer_files import read_tokenizer_files
 from gpu_worker.warm_set import WarmSet
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
 
@@ -58,9 +58,8 @@ class Face:
         return self.ready.model
 
     async def start(self) -> None:
-        """Starts the first engine. Raises LoraplexError with its sentence when it cannot start."""
-        model_dir = Path(self._config.model)
-        self._tokenizer_files = await asyncio.to_thread(base_model.tokenizer_files, model_dir)
+        """Starts the first engine. Raises LoraplexError or ValueError with a sentence when it cannot start."""
+        self._tokenizer_files = await asyncio.to_thread(read_tokenizer_files, Path(self._config.model))
         self._engine, self.ready = await EngineProcess.start(self._config)
         self._metrics.serves(self.ready)
         _log.info("engine ready", extra={"pid": self._engine.pid, "pages": self.ready.capacity.num_pages})

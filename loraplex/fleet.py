@@ -146,20 +146,27 @@ class Fleet:
             self._lock.close()
 
     def _check_model(self) -> None:
-        if not (self.options.model / "config.json").is_file():
-            problem = "has no config.json" if self.options.model.is_dir() else "does not exist"
-            raise FleetError(f"the model folder {self.options.model} {problem}: give a Hugging Face checkpoint")
+        model = self.options.model
+        if not model.is_dir():
+            problem = "is a file" if model.exists() else "does not exist"
+            raise FleetError(f"the model folder {model} {problem}: give the folder of a Hugging Face checkpoint")
+        if not (model / "config.json").is_file():
+            raise FleetError(f"the model folder {model} has no config.json: give a Hugging Face checkpoint")
 
     def _take_data_dir(self) -> None:
         """Two stores over one database would disagree. The kernel drops the lock when this process ends."""
-        self.options.data_dir.mkdir(parents=True, exist_ok=True)
-        (self.options.data_dir / "logs").mkdir(exist_ok=True)
-        lock = self._lock.enter_context((self.options.data_dir / "lock").open("w"))
+        folder = self.options.data_dir
+        try:
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+            lock = self._lock.enter_context((folder / "lock").open("w"))
+        except OSError as error:
+            problem = f"{error.strerror}; choose another one"
+            raise FleetError(f"the data directory {folder} cannot be used: {problem}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise FleetError(f"another fleet is using {self.options.data_dir}; choose another data directory") from None
+            raise FleetError(f"another fleet is using {folder}; choose another data directory") from None
 
     def _start(self, folder: Path, module: str, name: str, arguments: Sequence[str]) -> None:
         extra = [*self.options.extra.get(module, ()), *self.options.extra.get(name, ())]

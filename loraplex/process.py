@@ -40,23 +40,30 @@ class ServiceProcess:
         self.log = log
         self.ready: Future[dict[str, str]] = Future()
         self.exited: Future[int] = Future()
-        self._started: Future[subprocess.Popen[str]] = Future()
+        # None when it could not be started
+        self._started: Future[subprocess.Popen[str] | None] = Future()
         # Linux sends the parent-death signal when the *thread* that started the child ends: this one waits for it.
         Thread(target=self._watch, args=(command, working_directory), name=name, daemon=True).start()
 
     @property
     def pid(self) -> int:
-        return self._started.result().pid
+        """Raises FleetError when it could not be started."""
+        process = self._started.result()
+        if process is None:
+            raise FleetError(f"{self.name} was not started")
+        return process.pid
 
     def terminate(self) -> None:
         """Asks the service to drain and stop."""
-        if not self.exited.done():
-            self._started.result().terminate()
+        process = self._started.result()
+        if process is not None and not self.exited.done():
+            process.terminate()
 
     def kill(self) -> None:
         """Ends the service and all its children at once."""
-        if not self.exited.done():
-            _kill_group(self.pid)
+        process = self._started.result()
+        if process is not None and not self.exited.done():
+            _kill_group(process.pid)
 
     def wait_exited(self, timeout_seconds: float) -> None:
         """Returns when the process is gone, or after `timeout_seconds`."""
@@ -66,6 +73,7 @@ class ServiceProcess:
         try:
             process = self._spawn(command, working_directory)
         except OSError as error:
+            self._started.set_result(None)
             self.ready.set_exception(FleetError(f"{self.name} cannot be started: {error}"))
             self.exited.set_result(-1)
             return

@@ -51,12 +51,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights [auto]"
     )
     parser.add_argument("--memory", default="", metavar="SIZE", help="page pool of each worker, for instance 512MiB")
-    parser.add_argument("--port", type=int, default=50051, help="of the gateway; 0 takes a free one [%(default)s]")
+    parser.add_argument("--port", type=_port, default=50051, help="of the gateway; 0 takes a free one [%(default)s]")
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="adapters, caches and logs [one per model in .loraplex]"
     )
     parser.add_argument(
-        "--ready-timeout", type=float, default=300.0, metavar="SECONDS", help="for loading the model [300]"
+        "--ready-timeout", type=_seconds, default=300.0, metavar="SECONDS", help="for loading the model [300]"
     )
     parser.set_defaults(run=run)
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 def adapter_folders(folder: Path) -> Sequence[Path]:
     """The sub-folders, sorted by name. Raises FleetError when there are none to serve."""
     if not folder.is_dir():
-        raise FleetError(f"the adapters folder {folder} does not exist")
+        raise FleetError(f"the adapters folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
     if (folder / "adapter_config.json").exists():
         raise FleetError(f"{folder} is an adapter itself: give the folder above, which holds one folder per adapter")
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -165,4 +165,18 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: 0 to 65535")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return number

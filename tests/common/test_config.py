@@ -72,6 +72,13 @@ def test_a_flag_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str])
     assert "--workers" in refusal(capsys, "--model", "m", "--workers", "many")
 
 
+@pytest.mark.parametrize("flag", ["port", "metrics-port"])
+@pytest.mark.parametrize("number", ["-1", "65536"])
+def test_a_port_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], flag: str, number: str) -> None:
+    message = f"{flag.replace('-', '_')} is {number}; it must be 0 to 65535"
+    assert message in refusal(capsys, "--model", "m", f"--{flag}={number}")
+
+
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workres" in refusal(capsys, "--model", "m", "--workres", "2")
 

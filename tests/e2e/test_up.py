@@ -70,6 +70,11 @@ def store_integers(base: Path) -> str:
     return name
 
 
+def spoil_the_tokenizer(base: Path) -> str:
+    (base / "tokenizer.json").write_text("{}")
+    return "tokenizer.json cannot be read"
+
+
 def drop_the_tokenizer(base: Path) -> str:
     (base / "tokenizer.json").unlink()
     return "tokenizer.json"
@@ -83,8 +88,8 @@ def change_the_family(base: Path) -> str:
 
 @pytest.mark.parametrize(
     "spoil",
-    [lose_a_shard, store_integers, drop_the_tokenizer, change_the_family],
-    ids=["missing-shard", "wrong-dtype", "no-tokenizer", "unknown-family"],
+    [lose_a_shard, store_integers, drop_the_tokenizer, spoil_the_tokenizer, change_the_family],
+    ids=["missing-shard", "wrong-dtype", "no-tokenizer", "bad-tokenizer", "unknown-family"],
 )
 def test_a_spoiled_checkpoint_is_one_clear_error(tiny: TinyModel, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
     base = copy_base(tiny, tmp_path)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpu_worker import engine_main
 from gpu_worker.config import EngineConfig
@@ -182,3 +183,19 @@ def test_a_pool_of_less_than_two_pages_is_refused(tiny_checkpoint: Path) -> None
     config = EngineConfig(model=tiny_checkpoint, memory="1024", page_size=4)
     with pytest.raises(ValueError, match="takes 1024 bytes and at least two are needed"):
         engine_main.build(config, queue.SimpleQueue())
+
+
+def test_a_pool_larger_than_the_machine_is_refused(tiny_checkpoint: Path) -> None:
+    config = EngineConfig(model=tiny_checkpoint, memory="900000GiB")
+    with pytest.raises(ValueError, match=r"memory is 900000GiB; this machine has [0-9.]+ GiB in all"):
+        engine_main.build(config, queue.SimpleQueue())
+
+
+@pytest.mark.parametrize(("built_for", "why"), [(None, "was built without it"), ("13.0", "no GPU answers")])
+def test_a_gpu_that_is_not_there_is_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, built_for: str | None, why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    with pytest.raises(ValueError, match=f"device is cuda, but .*{why}.* or use --device cpu"):
+        engine_main.build(EngineConfig(model=tiny_checkpoint, device="cuda"), queue.SimpleQueue())

@@ -39,7 +39,18 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["fly"], ["generate"], ["generate", "x", "--max-tokens", "many"], ["up"], ["up", "--model=m", "--workers=0"]],
+    [
+        [],
+        ["fly"],
+        ["generate"],
+        ["generate", "x", "--max-tokens", "many"],
+        ["up"],
+        ["up", "--model=m", "--workers=0"],
+        ["up", "--model=m", "--port=65536"],
+        ["up", "--model=m", "--port=-1"],
+        ["up", "--model=m", "--ready-timeout=0"],
+        ["up", "--model=m", "--ready-timeout=nan"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_is_exit_code_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,15 +194,47 @@ def test_the_data_is_free_again_afterwards(options: FleetOptions) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
-    [(lambda model: (model / "config.json").unlink(), "has no config.json"), (lambda model: None, "does not exist")],
-    ids=["no config", "no folder"],
+    ("model_of", "problem"),
+    [
+        pytest.param(lambda folder: folder.parent, "has no config.json", id="no config"),
+        pytest.param(lambda folder: folder / "nowhere", "does not exist", id="no folder"),
+        pytest.param(lambda folder: folder / "config.json", "is a file", id="a file"),
+    ],
 )
-def test_a_bad_model_folder_is_named(options: FleetOptions, spoil: Callable[[Path], None], problem: str) -> None:
-    model = options.model if problem.startswith("has") else options.model / "nowhere"
-    spoil(options.model)
-    with pytest.raises(FleetError, match=f"{model} {problem}"), Fleet(replace(options, model=model)):
-        pass
+def test_a_bad_model_folder_is_named(options: FleetOptions, model_of: Callable[[Path], Path], problem: str) -> None:
+    model = model_of(options.model)
+    assert start_failure(replace(options, model=model)).startswith(f"the model folder {model} {problem}: give ")
+
+
+def test_a_data_directory_that_cannot_be_made_is_named(options: FleetOptions) -> None:
+    folder = options.model / "config.json" / "data"
+    message = f"the data directory {folder} cannot be used: Not a directory; choose another one"
+    assert start_failure(replace(options, data_dir=folder)) == message
+
+
+def test_a_service_that_cannot_be_started_is_named(options: FleetOptions) -> None:
+    (options.data_dir / "logs" / "gateway.log").mkdir(parents=True)
+    assert start_failure(options).startswith("gateway cannot be started: ")
+
+
+def test_one_that_cannot_be_started_can_be_stopped_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_to_stop = threading.Event()
+
+    def spawn(*_: object) -> None:
+        assert told_to_stop.wait(60)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(ServiceProcess, "_spawn", spawn)
+    process = ServiceProcess("gateway", ["true"], working_directory=tmp_path, log=tmp_path / "log")
+    stopping = threading.Thread(target=lambda: (process.terminate(), process.kill()), daemon=True)
+    stopping.start()
+    told_to_stop.set()
+    stopping.join(60)
+    assert not stopping.is_alive()
+    with pytest.raises(FleetError, match="gateway cannot be started: no more processes"):
+        process.ready.result()
 
 
 def test_the_services_are_found_beside_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

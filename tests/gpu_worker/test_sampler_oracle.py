@@ -19,6 +19,8 @@ from gpu_worker.sequence import SamplingParams, Sequence, StoppingParams
 
 VOCAB_SIZE = 50
 NUM_DRAWS = 20_000
+# The two likeliest tokens of `random_logits`: what penalises them moves most of the probability.
+OUTPUT = (16, 42, 16)
 # 0.1 % of right samplers would exceed the critical value with random seeds; the seeds here are fixed.
 Z_SCORE = 3.09
 
@@ -30,11 +32,23 @@ CASES = {
     "top-p": replace(PLAIN, top_p=0.8),
     "min-p": replace(PLAIN, min_p=0.1),
     "repetition": replace(PLAIN, repetition_penalty=1.4),
-    "all": SamplingParams(temperature=1.3, seed=0, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+    "presence-frequency": replace(PLAIN, presence_penalty=0.8, frequency_penalty=0.5),
+    "bias": replace(PLAIN, logit_bias=((0, 2.0), (16, -1.5), (42, -100.0))),
+    "all": SamplingParams(
+        temperature=1.3,
+        seed=0,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.05,
+        repetition_penalty=1.2,
+        presence_penalty=-0.3,
+        frequency_penalty=0.2,
+        logit_bias=((4, 1.0),),
+    ),
 }
 
 
-def sequence_of(params: SamplingParams, output: tuple[int, ...] = (), **stopping: object) -> Sequence:
+def sequence_of(params: SamplingParams, output: tuple[int, ...] = OUTPUT, **stopping: object) -> Sequence:
     stops = {"max_tokens": 100, "min_tokens": 0, "stop_token_ids": frozenset(), **stopping}
     return Sequence(
         request_id="request",
@@ -55,17 +69,21 @@ def random_logits(rows: int = 1) -> torch.Tensor:
 
 
 def oracle(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities `[vocab_size]` as transformers computes them, in its order."""
-    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(params.repetition_penalty)])
-    processors.append(TemperatureLogitsWarper(params.temperature))
+    """Probabilities `[vocab_size]` as transformers computes them, in its order; it has no penalties by count."""
+    ids = [*sequence_of(params).prompt_token_ids, *OUTPUT]
+    scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(torch.tensor([ids]), logits.double())
+    for token in set(OUTPUT):
+        scores[0, token] -= params.presence_penalty + params.frequency_penalty * OUTPUT.count(token)
+    for token, bias in params.logit_bias:
+        scores[0, token] += bias
+    processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
     if params.top_k:
         processors.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         processors.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         processors.append(MinPLogitsWarper(params.min_p))
-    ids = torch.tensor([sequence_of(params).prompt_token_ids])
-    return torch.softmax(processors(ids, logits.double()), dim=-1)[0]
+    return torch.softmax(processors(torch.tensor([ids]), scores), dim=-1)[0]
 
 
 def chi_square(observed: Counter[int], probabilities: torch.Tensor) -> tuple[float, float]:
@@ -98,8 +116,19 @@ def test_20000_draws_follow_the_oracles_distribution(params: SamplingParams) -> 
     assert statistic < critical
 
 
-def test_control_another_temperature_is_noticed() -> None:
-    statistic, critical = chi_square(drawn(CASES["temperature"]), oracle(random_logits(), PLAIN))
+@pytest.fixture(scope="module")
+def drawn_plainly() -> Counter[int]:
+    return drawn(PLAIN)
+
+
+@pytest.mark.parametrize("params", CASES.values(), ids=CASES)
+def test_control_ignored_parameters_are_noticed(params: SamplingParams, drawn_plainly: Counter[int]) -> None:
+    statistic, critical = chi_square(drawn_plainly, oracle(random_logits(), params))
+    assert statistic > critical
+
+
+def test_control_a_temperature_that_is_a_tenth_off_is_noticed() -> None:
+    statistic, critical = chi_square(drawn(replace(PLAIN, temperature=1.1)), oracle(random_logits(), PLAIN))
     assert statistic > critical
 
 
@@ -110,7 +139,7 @@ def test_no_token_is_drawn_that_the_oracle_excludes(params: SamplingParams) -> N
 
 
 def test_filtered_probabilities_equal_the_oracles() -> None:
-    params = replace(CASES["all"], repetition_penalty=1.0)
+    params = replace(PLAIN, temperature=1.3, top_k=20, top_p=0.9, min_p=0.05)
     logits = random_logits()
     probabilities, order = filtered_probabilities(logits.double() / params.temperature, [params])
     by_token = torch.zeros(VOCAB_SIZE, dtype=torch.float64).scatter(0, order[0], probabilities[0])

@@ -228,7 +228,7 @@ def test_one_that_cannot_be_started_can_be_stopped_all_the_same(
 
     monkeypatch.setattr(ServiceProcess, "_spawn", spawn)
     process = ServiceProcess("gateway", ["true"], working_directory=tmp_path, log=tmp_path / "log")
-    stopping = threading.Thread(target=lambda: (process.terminate(), process.kill()), daemon=True)
+    stopping = threading.Thread(target=process.terminate, daemon=True)
     stopping.start()
     told_to_stop.set()
     stopping.join(60)

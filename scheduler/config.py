@@ -49,6 +49,10 @@ class SchedulerConfig(ServiceConfig):
     spill_ratio: float = _setting("spill_ratio", "work is far above another's when it exceeds this many times it ...")
     spill_margin_tokens: int = _setting("spill_margin_tokens", "... plus this many tokens")
     max_prefix_hashes: int = _setting("max_prefix_hashes", "prompt beginnings remembered for each worker")
+    rank_cost_share: float = _setting(
+        "rank_cost_share", "share of the time an adapter adds to steps that counts as work"
+    )
+    replica_seconds: float = _setting("replica_seconds", "between two further homes of an adapter, at least")
     worker_grace_seconds: float = _setting(
         "worker_grace_seconds", "how long requests wait for a first worker, and a lost worker's requests are remembered"
     )

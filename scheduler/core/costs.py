@@ -65,6 +65,7 @@ class CostModel:
     def __init__(self) -> None:
         self.num_reports = 0
         self._weights = [prior * scale for prior, scale in zip(_PRIOR, _SCALES, strict=True)]
+        self._bound()
         size = len(_PRIOR)
         self._covariance = [[_UNCERTAINTY * (i == j) for j in range(size)] for i in range(size)]
 
@@ -85,19 +86,21 @@ class CostModel:
             self._weights[i] += gain * error
             for j in range(size):
                 covariance[i][j] = (covariance[i][j] - gain * px[j]) / _FORGETTING
+        self._bound()
         for i in range(size):
             if covariance[i][i] > _MAX_UNCERTAINTY:
                 self._covariance = [[_MAX_UNCERTAINTY * (i == j) for j in range(size)] for i in range(size)]
                 return
 
-    @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """Seconds for a step, a prefill token, a decode token, a distinct adapter; all above 0."""
+    def _bound(self) -> None:
         a, b, c, d = (
             max(weight / scale, _LEAST * prior)
             for weight, scale, prior in zip(self._weights, _SCALES, _PRIOR, strict=True)
         )
-        return a, b, c, d
+        # Seconds for a step, a prefill token, a decode token, a distinct adapter; all above 0.
+        self.coefficients = a, b, c, d
+        # Tokens that could be generated in the time that one distinct adapter adds to a step.
+        self.adapter_tokens = d / c
 
     def service_seconds(self, prefill_tokens: int, decode_tokens: int) -> float:
         """Time that a request adds to the steps it is in."""

@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import dataclass
 
+from scheduler.core.clock import Clock
+from scheduler.core.homes import Home, Homes
 from scheduler.core.identity import check_identity
 from scheduler.core.lines import Line
-from scheduler.core.model import Hello, Identity
+from scheduler.core.model import Capacity, Hello, Identity
 from scheduler.core.policies.protocol import Policy
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
@@ -26,12 +28,15 @@ class LostWorker:
 class Fleet:
     """Workers by id. Every `now` is in seconds on the caller's clock."""
 
-    def __init__(self, settings: Settings, policy: Policy, epoch: int, now: float) -> None:
+    def __init__(self, settings: Settings, policy: Policy, epoch: int, clock: Clock) -> None:
+        self.homes = Homes(clock, settings.replica_seconds)
         self.lost: dict[str, LostWorker] = {}
         # What the last worker to register serves; gateways have seen it even when that worker is gone.
         self.identity: Identity | None = None
         # Those that take work, by id.
         self.ready: list[Worker] = []
+        # The same in groups of equal capacity.
+        self.alike: list[list[Worker]] = []
         self._settings = settings
         self._policy = policy
         self._epoch = epoch
@@ -39,7 +44,7 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._fenced_until: dict[str, float] = {}
         self._sorted: list[Worker] = []
-        self._none_ready_since: float | None = now
+        self._none_ready_since: float | None = clock.now
 
     @property
     def workers(self) -> list[Worker]:
@@ -65,7 +70,11 @@ class Fleet:
         self._fenced_until.pop(hello.worker_id, None)
         lost = self.lost.pop(hello.worker_id, None)
         previous = self._workers.get(hello.worker_id) or (lost.worker if lost else None)
-        worker = Worker(hello, self._epoch + next(self._registrations), self._settings, Line(self._policy))
+        if previous is not None:
+            previous.home.close()
+        home = Home(hello.worker_id, self.homes)
+        line = Line(self._policy, home)
+        worker = Worker(hello, self._epoch + next(self._registrations), self._settings, line, home)
         self._workers[hello.worker_id] = worker
         self.identity = hello.identity
         self.note_readiness(now)
@@ -78,6 +87,7 @@ class Fleet:
     def lose(self, worker_id: str, now: float) -> None:
         """Its stream broke. Raises KeyError when it is not registered."""
         worker = self._workers.pop(worker_id)
+        worker.home.close()
         self.lost[worker_id] = LostWorker(worker, now + self._settings.worker_grace_seconds)
         self.note_readiness(now)
 
@@ -90,6 +100,10 @@ class Fleet:
         """To be called when a worker came, went, or changed its state."""
         self._sorted = [self._workers[worker_id] for worker_id in sorted(self._workers)]
         self.ready = [worker for worker in self._sorted if not worker.draining]
+        groups: dict[Capacity, list[Worker]] = {}
+        for worker in self.ready:
+            groups.setdefault(worker.capacity, []).append(worker)
+        self.alike = list(groups.values())
         if self.ready:
             self._none_ready_since = None
         elif self._none_ready_since is None:

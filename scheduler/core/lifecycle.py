@@ -62,9 +62,9 @@ class Lifecycle:
         request.state, request.worker_id = RequestState.QUEUED, ""
         request.expected_tokens = self.lengths.expected(request.adapter, request.max_tokens, request.output_tokens)
         request.cost = self.costs.service_seconds(request.prompt_tokens, request.num_outputs * request.expected_tokens)
-        workers = self.placement.workers if self.assigning else []
-        worker = self.placement.choose(request, workers) if workers else None
-        refusal = self._settle(request, worker) if workers else None
+        assigning = self.assigning and bool(self.placement.workers)
+        worker = self.placement.choose(request) if assigning else None
+        refusal = self._settle(request, worker) if assigning else None
         self.queue.push(request, NO_WORKER if worker is None else worker.worker_id)
         if refusal is not None:
             self.refuse(request, refusal)
@@ -74,11 +74,10 @@ class Lifecycle:
 
     def assign(self, requests: list[Request]) -> None:
         """Finds a worker's line for requests that wait for none, if workers are there."""
-        workers = self.placement.workers
-        if not self.assigning or not workers:
+        if not self.assigning or not self.placement.workers:
             return
         for request in requests:
-            worker = self.placement.choose(request, workers)
+            worker = self.placement.choose(request)
             if refusal := self._settle(request, worker):
                 self.refuse(request, refusal)
             elif worker is not None:
@@ -198,8 +197,7 @@ class Lifecycle:
             return Reason.RESIDENT
         if worker.tier(request.adapter) is Tier.HOST:
             return Reason.HOST_HIT
-        elsewhere = any(other.has(request.adapter) for other in self._fleet.workers if other is not worker)
-        return Reason.SPILL if elsewhere else Reason.COLD
+        return Reason.SPILL if self.placement.is_elsewhere(request.adapter, worker) else Reason.COLD
 
     def _stranger(self, progress: Progress, now: float) -> Request:
         """Stands for a sequence that an earlier scheduler placed: its prompt and its limit are not known here."""

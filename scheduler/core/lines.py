@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Generator, Iterable, Iterator
 
+from scheduler.core.homes import Home
 from scheduler.core.lazy_heap import LazyHeap, Place
 from scheduler.core.model import Request
 from scheduler.core.policies.protocol import LaneName, Policy
@@ -20,45 +21,55 @@ class Lane:
         self._requests: dict[int, Request] = {}
         # (place, number); those of removed requests leave when they reach the top.
         self._heap: list[tuple[Place, int]] = []
-        # Numbers, the newest first.
+        self._head: Request | None = None
+        # Numbers, the newest first; only when the policy may turn the lane round.
         self._newest: list[int] = []
+        self._reversible = policy.reversible
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
 
     @property
     def head(self) -> Request | None:
-        if self._policy.newest_first:
+        if self._reversible and self._policy.newest_first:
             while self._newest and -self._newest[0] not in self._requests:
                 heapq.heappop(self._newest)
             return self._requests[-self._newest[0]] if self._newest else None
-        while self._heap and self._heap[0][1] not in self._requests:
-            heapq.heappop(self._heap)
-        return self._requests[self._heap[0][1]] if self._heap else None
+        return self._head
 
     def push(self, request: Request) -> None:
         self._requests[request.number] = request
         heapq.heappush(self._heap, (self._policy.request_place(request), request.number))
-        if self._policy.reversible:
+        self._head = self._requests[self._heap[0][1]]
+        if self._reversible:
             heapq.heappush(self._newest, -request.number)
 
     def remove(self, request: Request) -> None:
         """Raises KeyError when the request is not here."""
         del self._requests[request.number]
+        if request is self._head:
+            while self._heap and self._heap[0][1] not in self._requests:
+                heapq.heappop(self._heap)
+            self._head = self._requests[self._heap[0][1]] if self._heap else None
 
 
 class Line:
     """Requests that wait for one worker. Pushing and taking is O(log n)."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, home: Home | None = None) -> None:
+        """`home` is that of the worker whose line it is."""
         self.num_requests = 0
         self.num_tokens = 0
-        # Requests that ever came or left.
-        self.num_changes = 0
+        # Requests that ever came, and that ever left.
+        self.num_pushed = 0
+        self.num_removed = 0
+        # No request here has a larger adapter.
+        self.largest_adapter_bytes = 0
         # Service that its requests are expected to take, in seconds; of each tenant too.
         self.cost_seconds = 0.0
         self._tenants: dict[str, float] = {}
         self._policy = policy
+        self._home = home
         self._lanes: dict[LaneName, Lane] = {}
         # Adapter -> lanes with requests that need it -> how many.
         self._adapters: dict[str, dict[LaneName, int]] = {}
@@ -89,6 +100,7 @@ class Line:
             # Sums of floats drift.
             self.cost_seconds = 0.0
             self._tenants.clear()
+            self.largest_adapter_bytes = 0
 
     def push(self, request: Request) -> None:
         name = self._policy.lane_of(request)
@@ -97,11 +109,16 @@ class Line:
             lane = self._lanes[name] = Lane(name, self._policy)
         lane.push(request)
         self.num_requests += 1
-        self.num_changes += 1
+        self.num_pushed += 1
+        self.largest_adapter_bytes = max(self.largest_adapter_bytes, request.adapter_bytes)
         self.num_tokens += request.cost_tokens
         self.cost_seconds += request.cost
         self._tenants[request.tenant] = self._tenants.get(request.tenant, 0.0) + request.cost
-        lanes = self._adapters.setdefault(request.adapter, {})
+        lanes = self._adapters.get(request.adapter)
+        if lanes is None:
+            lanes = self._adapters[request.adapter] = {}
+            if self._home is not None and request.adapter:
+                self._home.enter(request.adapter)
         lanes[name] = lanes.get(name, 0) + 1
         self._refresh(name)
 
@@ -111,7 +128,7 @@ class Line:
         lane = self._lanes[name]
         lane.remove(request)
         self.num_requests -= 1
-        self.num_changes += 1
+        self.num_removed += 1
         self.num_tokens -= request.cost_tokens
         self._discount(request)
         lanes = self._adapters[request.adapter]
@@ -120,6 +137,8 @@ class Line:
             del lanes[name]
         if not lanes:
             del self._adapters[request.adapter]
+            if self._home is not None and request.adapter:
+                self._home.leave(request.adapter)
         if lane.head is None:
             del self._lanes[name]
         self._refresh(name)
@@ -182,11 +201,12 @@ class Line:
 
     def _lane_place(self, name: LaneName) -> Place | None:
         lane = self._lanes.get(name)
-        head = lane.head if lane is not None else None
-        return None if head is None else self._policy.lane_place(name, head)
+        if lane is None or (head := lane.head) is None:
+            return None
+        return self._policy.lane_place(name, head)
 
     def _group_place(self, group: str) -> Place | None:
         lanes = self._groups.get(group)
-        name = lanes.top() if lanes is not None else None
-        head = self._lanes[name].head if name is not None else None
-        return None if head is None else self._policy.group_place(group, head)
+        if lanes is None or (name := lanes.top()) is None or (head := self._lanes[name].head) is None:
+            return None
+        return self._policy.group_place(group, head)

@@ -58,13 +58,16 @@ class Rounds:
         if line.num_requests:
             for request in self._selection.choose(worker, line, now):
                 self._give(request, worker, now)
-        head = line.head()
-        order_key = rotate(worker, head, now, self._settings)
-        if order_key is not None and head is not None and worker.can_take(head):
-            self._give(head, worker, now, order_key)
-        # Half of what was looked at last time may have left before it is looked at again.
-        if line.num_requests and line.num_changes >= worker.prefetched_at + max(1, self._settings.max_prefetches // 2):
-            worker.prefetched_at = line.num_changes
+        if worker.rotated or worker.may_be_crowded():
+            head = line.head()
+            order_key = rotate(worker, head, now, self._settings)
+            if order_key is not None and head is not None and worker.can_take(head):
+                self._give(head, worker, now, order_key)
+        # Half of what was looked at last time may have left, or been overtaken, before it is looked at again.
+        pushed, removed = worker.prefetched_at
+        changes = max(line.num_pushed - pushed, line.num_removed - removed)
+        if line.num_requests and changes >= max(1, self._settings.max_prefetches // 2):
+            worker.prefetched_at = (line.num_pushed, line.num_removed)
             self._prefetch(worker, line)
 
     def _help(self, workers: list[Worker], now: float) -> bool:
@@ -115,10 +118,18 @@ class Rounds:
         # With nothing to do it takes from whomever it can.
         for donor in behind[:1] if worker.requests else behind:
             candidates = donor.line.candidates(self._settings.lookahead_lanes)
-            fitting = [request for request in candidates if self._selection.fits(worker, request)]
+            fitting = [
+                request
+                for request in candidates
+                if self._may_take_over(worker, request) and self._selection.fits(worker, request)
+            ]
             if fitting:
                 return donor, min(fitting, key=lambda request: self._placement.num_homes(request.adapter))
         return None
+
+    def _may_take_over(self, worker: Worker, request: Request) -> bool:
+        """Not so that an adapter gets homes too fast, unless the worker has nothing to do."""
+        return not worker.requests or worker.has(request.adapter) or self._placement.may_grow(request.adapter)
 
     def _prefetch(self, worker: Worker, line: Line) -> None:
         """Has adapters fetched that will be needed next."""

@@ -2,6 +2,7 @@
 
 from scheduler.core import refusals
 from scheduler.core.adoption import Fate, Verdict, is_unconfirmed, judge
+from scheduler.core.clock import Clock
 from scheduler.core.commands import Abort, Decisions, Placed, Refusal, Refused, StepBudget
 from scheduler.core.costs import CostModel
 from scheduler.core.fleet import Fleet
@@ -22,9 +23,10 @@ class Scheduler:
         """`epoch` is greater than that of any scheduler before: Unix milliseconds."""
         self.settings = settings
         self.epoch = epoch
+        self._clock = Clock(now)
         costs = CostModel()
         policy = make_policy(settings, costs)
-        self.fleet = Fleet(settings, policy, epoch, now)
+        self.fleet = Fleet(settings, policy, epoch, self._clock)
         self.life = Lifecycle(settings, epoch, self.fleet, policy, costs)
         self.queue, self.requests = self.life.queue, self.life.requests
         # Nothing is placed before; workers with sequences of an earlier scheduler come back until then.
@@ -42,6 +44,7 @@ class Scheduler:
     def gateway_lost(self, gateway_id: str, now: float) -> None:
         """Requests it was never told to be placed are dropped: it submits them again. The others are aborted if it
         stays away."""
+        self._clock.now = now
         gateway = self.requests.gateways[gateway_id]
         gateway.lost_until = now + self.settings.gateway_grace_seconds
         for request in list(gateway.requests.values()):
@@ -51,7 +54,7 @@ class Scheduler:
 
     def submit(self, request: Request, now: float) -> None:
         """Queues an attempt, or refuses it at once. An attempt that a worker has already is answered with Placed."""
-        request.arrived = now
+        self._clock.now = request.arrived = now
         newest = self.requests.newest(request.key)
         if newest and newest.key.attempt > request.key.attempt:
             return
@@ -109,6 +112,7 @@ class Scheduler:
         commands count from 1. Raises IdentityMismatchError when it serves something else than the other workers, and
         FencedError while it is kept out.
         """
+        self._clock.now = now
         worker, previous = self.fleet.register(hello, now)
         self._intakes[worker.worker_id] = Intake(worker)
         if previous is not None:
@@ -137,6 +141,7 @@ class Scheduler:
     def worker_lost(self, worker_id: str, now: float) -> None:
         """What waits for it waits for others. Its requests are forgotten, unless it registers again within the grace
         and still has them."""
+        self._clock.now = now
         self.fleet.lose(worker_id, now)
         del self._intakes[worker_id]
         self.life.end_line(worker_id)
@@ -147,6 +152,7 @@ class Scheduler:
         Reports that come out of order wait for those before them. Raises ReportGapError when one, or a change of
         residency, is missing, and NonsenseError when the worker must be kept out: see `fence`.
         """
+        self._clock.now = now
         worker = self.fleet.get(worker_id)
         if worker is None:
             return False
@@ -194,6 +200,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Decisions:
         """Decides what can be decided now, within a bounded time. Returns what to tell whom since the last call."""
+        self._clock.now = now
         self._expire(now)
         incomplete = False
         if now >= self.recovered_at:
@@ -203,8 +210,8 @@ class Scheduler:
             incomplete = not self._rounds.run(now)
         decisions = Decisions(answers=self.requests.take_answers(), incomplete=incomplete)
         for worker in self.fleet.workers:
-            if commands := worker.take_commands():
-                decisions.commands[worker.worker_id] = commands
+            if worker.outbox:
+                decisions.commands[worker.worker_id] = worker.take_commands()
         return decisions
 
     def next_wakeup(self) -> float | None:

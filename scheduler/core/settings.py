@@ -52,6 +52,8 @@ class Settings:
     spill_ratio: float = 1.25
     spill_margin_tokens: int = 512
     max_prefix_hashes: int = 4096
+    rank_cost_share: float = 1.0
+    replica_seconds: float = 1.0
 
     # Peers that come and go.
     worker_grace_seconds: float = 2.0

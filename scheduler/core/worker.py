@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from scheduler.core.commands import Action, Command, Preempt
 from scheduler.core.costs import CostModel, FactSum
+from scheduler.core.homes import Home
 from scheduler.core.in_use import AdaptersInUse
 from scheduler.core.lines import Line
 from scheduler.core.model import Capacity, Hello, Key, Progress, Request, RequestState, Residency, Tier
@@ -18,18 +19,20 @@ _MAX_PREFETCHED = 1024
 class Worker:
     """Requests, adapters and commands of one worker, from one registration to its end."""
 
-    def __init__(self, hello: Hello, epoch: int, settings: Settings, line: Line) -> None:
-        """`epoch` is that of the commands of this registration; `line` will hold what waits for it."""
+    def __init__(self, hello: Hello, epoch: int, settings: Settings, line: Line, home: Home) -> None:
+        """`epoch` is that of the commands of this registration; `line` will hold what waits for it, `home` its
+        adapters."""
         self.worker_id = hello.worker_id
         self.capacity: Capacity = hello.capacity
         self.identity = hello.identity
         self.epoch = epoch
         self.line = line
+        self.home = home
         self.draining = False
         # When it must be looked at though nothing happens; None when only an event can change anything.
         self.wake_at: float | None = None
-        # What came to its line and left it until its adapters were last prefetched.
-        self.prefetched_at = 0
+        # What had come to its line and left it when its adapters were last prefetched.
+        self.prefetched_at = (0, 0)
         self.costs = CostModel()
         self.facts = FactSum()
         # The limit of its steps as it was last told; None before.
@@ -45,7 +48,8 @@ class Worker:
         self.given_tokens = 0
         self._settings = settings
         self._seq = 0
-        self._outbox: list[Command] = []
+        # Commands that it was not sent yet.
+        self.outbox: list[Command] = []
         self._residency_sequence: int | None = None
         # By its requests, those that are rotated out excepted.
         self.in_use = AdaptersInUse()
@@ -64,7 +68,7 @@ class Worker:
         # Sizes of the last request that did not fit; none of at least these sizes fits until something changes.
         self._misfit: tuple[int, int, int, int] | None = None
         for residency in hello.resident:
-            self.residents[residency.adapter] = residency
+            self._move(residency)
 
     @property
     def last_seq(self) -> int:
@@ -102,8 +106,11 @@ class Worker:
         if adapter in self._prefetched or self.has(adapter):
             return False
         self._prefetched[adapter] = None
+        self.home.enter(adapter)
         if len(self._prefetched) > _MAX_PREFETCHED:
-            del self._prefetched[next(iter(self._prefetched))]
+            oldest = next(iter(self._prefetched))
+            del self._prefetched[oldest]
+            self.home.leave(oldest)
         return True
 
     def tier(self, adapter: str) -> Tier:
@@ -113,6 +120,17 @@ class Worker:
     def uses(self, adapter: str) -> bool:
         """One of its requests needs the adapter."""
         return adapter in self.in_use
+
+    def will_use(self, adapter: str) -> bool:
+        """One of its requests needs the adapter, or one that waits for it."""
+        return adapter in self.in_use or self.line.has(adapter)
+
+    def burden_tokens(self, adapter_pages: int) -> float:
+        """What one more adapter of so many pages costs in each step, counted once for everybody whom it delays: tokens
+        that could be generated in that time. The model of a step knows adapters as large as those in use."""
+        used = self.in_use.num_pages
+        size = adapter_pages * len(self.in_use.names) / used if used else 1.0
+        return self.costs.adapter_tokens * size * (self.num_running + 1)
 
     def adapter_pages(self, request: Request) -> int:
         """Pages of the request's adapter; what the worker says itself when the request does not know."""
@@ -136,6 +154,11 @@ class Worker:
             return True
         return self.excess_adapter_pages(request) <= 0
 
+    def may_be_crowded(self) -> bool:
+        """Whether adapters in use may keep one of its line out."""
+        pages = self.in_use.num_pages + self.capacity.adapter_pages(self.line.largest_adapter_bytes)
+        return pages > self._settings.adapter_pool_share * self.capacity.num_pages
+
     def excess_adapter_pages(self, request: Request) -> float:
         """Pages that adapters in use and the request's would have beyond their share of the pool."""
         share = self._settings.adapter_pool_share * self.capacity.num_pages
@@ -150,8 +173,7 @@ class Worker:
         adapters, pool = self._pages_of_adapters_with(request), self.capacity.num_pages
         if adapters + self._full_pages + self.full_pages(request) <= pool:
             return True
-        held = request.num_outputs * self.capacity.context_pages(request.held_tokens)
-        if adapters + self._held_pages + held > pool:
+        if adapters + self._held_pages + self._pages_held(request) > pool:
             return False
         sizes = (adapters, request.num_outputs, request.held_tokens, request.coming_tokens)
         if self._misfit and all(size >= limit for size, limit in zip(sizes, self._misfit, strict=True)):
@@ -224,15 +246,15 @@ class Worker:
             return False
         self.outstanding_tokens -= request.remaining_tokens
         self.num_running -= request.state is RequestState.RUNNING
-        preempt_seq = self.rotated.get(request.key)
-        if preempt_seq is None:
-            self._count(request, -1)
+        held_pages = self._pages_held(request)
         request.state, request.computed_tokens, request.generated_tokens = told
         request.expected_tokens = expected_tokens
         self.outstanding_tokens += request.remaining_tokens
         self.num_running += request.state is RequestState.RUNNING
+        preempt_seq = self.rotated.get(request.key)
         if preempt_seq is None:
-            self._count(request, 1)
+            self._held_pages += self._pages_held(request) - held_pages
+            self._profile = self._misfit = None
         elif request.state is RequestState.RUNNING and self.applied_seq >= preempt_seq:
             del self.rotated[request.key]
             self._enter(request, now)
@@ -240,23 +262,27 @@ class Worker:
 
     def _enter(self, request: Request, now: float) -> None:
         if request.adapter:
+            if request.adapter not in self.in_use:
+                self.home.enter(request.adapter)
             self.in_use.enter(request.adapter, self.adapter_pages(request), now)
         self._count(request, 1)
 
     def _exit(self, request: Request) -> None:
         if request.adapter:
             self.in_use.leave(request.adapter)
+            if request.adapter not in self.in_use:
+                self.home.leave(request.adapter)
         self._count(request, -1)
 
     def command(self, action: Action) -> int:
         """Queues a command and returns its number."""
         self._seq += 1
-        self._outbox.append(Command(self._seq, action))
+        self.outbox.append(Command(self._seq, action))
         return self._seq
 
     def take_commands(self) -> list[Command]:
         """The commands since the last call."""
-        commands, self._outbox = self._outbox, []
+        commands, self.outbox = self.outbox, []
         return commands
 
     def acknowledge(self, epoch: int, applied_seq: int) -> None:
@@ -273,17 +299,26 @@ class Worker:
             if last is not None and change.sequence != last + 1:
                 return False
             self._residency_sequence = change.sequence
-            if change.tier is Tier.STORE:
-                self.residents.pop(change.adapter, None)
-            else:
-                self.residents[change.adapter] = change
+            self._move(change)
         return True
+
+    def _move(self, change: Residency) -> None:
+        before = self.residents.pop(change.adapter, None)
+        if change.tier is not Tier.STORE:
+            self.residents[change.adapter] = change
+            if before is None:
+                self.home.enter(change.adapter)
+        elif before is not None:
+            self.home.leave(change.adapter)
 
     def _count(self, request: Request, sign: int) -> None:
         self._num_sequences += sign * request.num_outputs
         self._full_pages += sign * self.full_pages(request)
-        self._held_pages += sign * request.num_outputs * self.capacity.context_pages(request.held_tokens)
+        self._held_pages += sign * self._pages_held(request)
         self._profile = self._misfit = None
+
+    def _pages_held(self, request: Request) -> int:
+        return request.num_outputs * self.capacity.context_pages(request.held_tokens)
 
     def _pages_of_adapters_with(self, request: Request) -> int:
         needs_more = request.adapter and request.adapter not in self.in_use

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from scheduler.core.commands import Offer, Placed, Refused
-from scheduler.core.model import Request, Residency, Tier
+from scheduler.core.model import Request, RequestState, Residency, Tier
 from scheduler.core.placement import rendezvous
 from scheduler.core.prefixes import PrefixMemory
 from scheduler.core.scheduler import Scheduler
-from tests.scheduler.core_fakes import SimulatedWorker, make_hello, make_request, make_scheduler
+from tests.scheduler.core_fakes import SimulatedWorker, make_hello, make_request, make_scheduler, progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,7 +155,7 @@ def test_idle_workers_take_turns() -> None:
 
 
 def test_a_request_spills_when_the_difference_is_clear() -> None:
-    scheduler = make_scheduler(spill_ratio=1.0, spill_margin_tokens=30)
+    scheduler = make_scheduler(spill_ratio=1.0, spill_margin_tokens=30, rank_cost_share=0.0)
     for worker_id in ("w0", "w1"):
         scheduler.register(make_hello(worker_id), 0.0)
     submit(scheduler, *(make_request(f"r{index}", "a") for index in range(4)))
@@ -283,6 +283,75 @@ def test_a_hot_adapter_has_as_many_homes_as_its_load_needs() -> None:
     loads = Counter(adapter for worker in workers for adapter in set(worker.loads))
     assert loads["hot"] == 4
     assert max(loads[f"a{index}"] for index in range(4)) <= 2
+
+
+@pytest.mark.parametrize(("share", "large_goes_to"), [(1.0, "w1"), (0.0, "w0")])
+def test_a_large_adapter_goes_where_it_slows_few_down(share: float, large_goes_to: str) -> None:
+    """w0 runs four short requests of x, w1 a long one of y with 10 tokens more; x and y have 2 pages.
+
+    An adapter of 2 pages costs 0.4 tokens a step for each that runs there, and one for the newcomer. For 8 steps of 1
+    page: w0 48 + 0.2 x 8 x 5 = 56, w1 58 + 0.2 x 8 x 2 = 61. Of 10 pages: w0 48 + 80, w1 58 + 32.
+    """
+    for pages, expected in ((1, "w0"), (10, large_goes_to)):
+        scheduler = make_scheduler(spill_ratio=1.0, spill_margin_tokens=0, rank_cost_share=share)
+        scheduler.register(make_hello("w0", num_pages=1000), 0.0)
+        submit(scheduler, *(make_request(f"x{index}", "x", prompt=2, max_tokens=10) for index in range(4)))
+        assert set(placed(scheduler).values()) == {"w0"}
+        scheduler.register(make_hello("w1", num_pages=1000), 0.0)
+        submit(scheduler, make_request("y", "y", prompt=8, max_tokens=50))
+        assert placed(scheduler) == {"y": "w1"}
+        for worker_id, names in (("w0", ("x0", "x1", "x2", "x3")), ("w1", ("y",))):
+            for name in names:
+                scheduler.report(worker_id, progress(name, RequestState.RUNNING), 0.0)
+        submit(scheduler, make_request("new", "new", adapter_bytes=50 * pages))
+        assert placed(scheduler) == {"new": expected}
+
+
+def test_an_adapter_gets_one_more_home_in_a_while_and_no_more() -> None:
+    """w1 is first for the adapter; each request has 16 tokens, and every other worker has far less than that."""
+    for replica_seconds, expected in ((1.0, ["w1", "w0", "w1", "w0", "w2"]), (0.0, ["w1", "w0", "w2", "w1", "w0"])):
+        scheduler = make_scheduler(
+            spill_ratio=1.0, spill_margin_tokens=0, rank_cost_share=0.0, replica_seconds=replica_seconds
+        )
+        for worker_id in ("w0", "w1", "w2"):
+            scheduler.register(make_hello(worker_id, num_pages=1000), 0.0)
+        workers = []
+        for index, now in enumerate((0.0, 0.1, 0.2, 0.3, 1.1)):
+            scheduler.submit(make_request(f"r{index}", "a"), now)
+            ((_, commands),) = scheduler.schedule(now).commands.items()
+            workers += [scheduler.requests.attempts(f"r{index}")[0].worker_id]
+            assert commands
+        assert workers == expected
+
+
+def test_a_busy_worker_takes_over_an_adapter_no_sooner_than_it_may_have_another_home() -> None:
+    scheduler = make_scheduler(policy="fcfs", spill_ratio=1.0, spill_margin_tokens=0, rank_cost_share=0.0)
+    for worker_id in ("w1", "w2"):
+        scheduler.register(make_hello(worker_id), 0.0)
+    submit(scheduler, make_request("x1"), make_request("x2"))
+    assert sorted(placed(scheduler).values()) == ["w1", "w2"]
+    scheduler.register(make_hello("w0", max_sequences=1), 0.0)
+    submit(scheduler, *(make_request(f"a{index}", "a", max_tokens=64) for index in range(2)))
+    homes = set(placed(scheduler).values())
+    assert len(homes) == 2
+    (third,) = {"w1", "w2"} - homes
+    homes = list(scheduler.fleet.homes.of("a"))
+    scheduler.submit(make_request("a2", "a", max_tokens=64), 0.5)
+    for now, num_homes in ((0.5, 2), (1.0, 3)):
+        scheduler.life.touch(third)
+        scheduler.schedule(now)
+        assert len(scheduler.fleet.homes.of("a")) == num_homes
+
+
+def test_homes_are_forgotten_with_the_registration_that_had_them() -> None:
+    scheduler = make_scheduler()
+    scheduler.register(make_hello("w0", resident=(Residency("a", Tier.HOST), Residency("b", Tier.PAGES, 2))), 0.0)
+    submit(scheduler, make_request("r", "a"))
+    scheduler.schedule(0.0)
+    scheduler.register(make_hello("w0", resident=(Residency("c", Tier.HOST),)), 0.0)
+    assert [len(scheduler.fleet.homes.of(adapter)) for adapter in "abc"] == [1, 0, 1]
+    scheduler.worker_lost("w0", 0.0)
+    assert [len(scheduler.fleet.homes.of(adapter)) for adapter in "abc"] == [0, 0, 0]
 
 
 def test_what_waits_for_a_lost_worker_waits_for_another() -> None:

@@ -237,6 +237,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert not any(worker.can_take(head) for head in list(other.line.candidates(100)))
 
     @invariant()
+    def homes_are_those_that_have_the_adapter_or_will(self) -> None:
+        fleet = self.scheduler.fleet
+        for adapter in ("", "a", "b", "c"):
+            homes = {
+                worker.worker_id
+                for worker in fleet.workers
+                if adapter and (worker.has(adapter) or worker.line.has(adapter))
+            }
+            assert set(fleet.homes.of(adapter)) == homes
+
+    @invariant()
     def counts_agree(self) -> None:
         queued = list(self.scheduler.queue)
         assert self.scheduler.queue.num_requests == len(queued)

@@ -335,7 +335,6 @@ def test_a_busy_worker_takes_over_an_adapter_no_sooner_than_it_may_have_another_
     homes = set(placed(scheduler).values())
     assert len(homes) == 2
     (third,) = {"w1", "w2"} - homes
-    homes = list(scheduler.fleet.homes.of("a"))
     scheduler.submit(make_request("a2", "a", max_tokens=64), 0.5)
     for now, num_homes in ((0.5, 2), (1.0, 3)):
         scheduler.life.touch(third)

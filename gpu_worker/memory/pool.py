@@ -8,6 +8,9 @@ import torch
 
 from gpu_worker.memory.geometry import PageGeometry
 
+# Written and read back together: as much as stays in a processor's cache.
+_GROUP_BYTES = 1 << 21
+
 
 class PagePool:
     """Storage of every page; `pinned` host memory is read by a device itself."""
@@ -32,17 +35,23 @@ class PagePool:
     def write(
         self, pages: list[int], data: npt.NDArray[np.uint8], see: Callable[[memoryview], None] | None = None
     ) -> None:
-        """Copies a byte string into `pages`, each byte once; the tail of the last page is left as it is.
+        """Copies a byte string into `pages` of host memory; the tail of the last page is left as it is.
 
-        `see` is shown what each page holds of it then, page by page, while the processor has it in its cache.
+        `see` is shown what the pages hold of it then, read back a few pages at a time while the processor has them in
+        its cache. Each call below lets other threads run for as long as it takes: page by page, a copying thread asked
+        for the interpreter 40 times an adapter and waited for the step loop each time.
         """
-        page_bytes, source = self._geometry.page_bytes, torch.from_numpy(data)
-        for index, page in enumerate(pages):
-            part = source[index * page_bytes : (index + 1) * page_bytes]
-            held = self.bytes[page, : part.numel()]
-            held.copy_(part)
+        page_bytes, pool = self._geometry.page_bytes, self.bytes.numpy()
+        for first in range(0, len(pages), group := max(1, _GROUP_BYTES // page_bytes)):
+            rows = np.array(pages[first : first + group], np.intp)
+            part = data[first * page_bytes : (first + len(rows)) * page_bytes]
+            num_whole, tail_bytes = divmod(len(part), page_bytes)
+            pool[rows[:num_whole]] = part[: num_whole * page_bytes].reshape(num_whole, page_bytes)
+            if tail_bytes:
+                pool[rows[num_whole], :tail_bytes] = part[num_whole * page_bytes :]
             if see is not None:
-                see(held.cpu().numpy().data)
+                held = pool[rows[0]] if group == 1 else np.take(pool, rows, axis=0).reshape(-1)
+                see(held[: len(part)].data)
 
     def copy_pages(self, pages: list[int], source: "PagePool", source_pages: list[int]) -> None:
         """Copies whole pages of another pool of the same geometry; they are there when this returns.

@@ -90,12 +90,19 @@ def test_a_byte_string_is_in_its_pages_in_order_and_shown(pool: PagePool, geomet
     assert b"".join(seen) == data.tobytes() == held(pool, [4, 0, 2], data.size)
 
 
-def test_what_is_shown_is_the_pool_itself(pool: PagePool, geometry: PageGeometry) -> None:
+def test_what_is_shown_is_read_back_from_the_pages(pool: PagePool, geometry: PageGeometry) -> None:
     seen: list[memoryview] = []
-    data = byte_string(geometry.page_bytes)
-    pool.write([4], data, seen.append)
-    pool.bytes[4, 0] ^= 1
-    assert seen[0][0] == data[0] ^ 1
+    data = byte_string(2 * geometry.page_bytes)
+    pool.write([4, 4], data, seen.append)
+    assert b"".join(seen) == 2 * data[geometry.page_bytes :].tobytes()
+
+
+def test_pages_too_large_to_be_written_together_are_written_one_by_one() -> None:
+    geometry = PageGeometry(1, 4, 128, 4, 1024)
+    pool, data, seen = PagePool(geometry, 3, "cpu"), byte_string(2 * geometry.page_bytes - 5), list[bytes]()
+    pool.write([2, 0], data, lambda part: seen.append(bytes(part)))
+    assert len(seen) == 2
+    assert b"".join(seen) == data.tobytes() == held(pool, [2, 0], data.size)
 
 
 def test_a_byte_string_changes_only_its_pages(pool: PagePool, geometry: PageGeometry) -> None:

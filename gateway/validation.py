@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 128
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
-_ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?")
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 

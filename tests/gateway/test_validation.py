@@ -154,7 +154,7 @@ def test_a_stop_token_out_of_the_vocabulary_is_refused() -> None:
     assert refusal(request).message == expected
 
 
-@pytest.mark.parametrize("adapter_id", ["A", "-a", "a/b", "a b", "a\0b", "ä", "../x", "a" * 65, "a\n"])
+@pytest.mark.parametrize("adapter_id", ["A", "-a", "a.", "a/b", "a b", "a\0b", "ä", "../x", "a" * 65, "a\n"])
 def test_an_id_that_is_not_spelled_like_one_is_refused(adapter_id: str) -> None:
     with pytest.raises(InvalidArgument, match="adapter_id must match"):
         check_adapter(adapter_id)

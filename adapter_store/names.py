@@ -6,7 +6,7 @@ from common.errors import InvalidArgument
 
 MAX_TENANT_CHARACTERS = 128
 
-_ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?")
+_ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(?<!\.)")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -20,7 +20,7 @@ def check_tenant(tenant: str) -> str:
 def check_adapter_id(adapter_id: str, field: str = "adapter_id") -> str:
     if not _ADAPTER_ID.fullmatch(adapter_id):
         message = (
-            f"{field} must match {_ADAPTER_ID.pattern} (at most 64 characters); "
+            f"{field} must match [a-z0-9][a-z0-9._-]{{0,63}} (at most 64 characters) and not end with a dot; "
             f"it is {adapter_id[:80]!r} ({len(adapter_id)} characters)"
         )
         raise InvalidArgument("ADAPTER_ID_INVALID", message, field=field)

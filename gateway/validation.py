@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 128
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
-_ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9_-])?")
+_ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(?<!\.)")
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,7 +68,8 @@ def validate(request: gateway_pb2.GenerateRequest, limits: ModelLimits) -> Gener
 def check_adapter(adapter_id: str, adapter_version: str = "") -> None:
     """Raises InvalidArgument when an id or a digest is not spelled like one."""
     if adapter_id and not _ADAPTER_ID.fullmatch(adapter_id):
-        raise _invalid("adapter_id", f"adapter_id must match {_ADAPTER_ID.pattern}; it is {_shown(adapter_id)}")
+        message = "adapter_id must match [a-z0-9][a-z0-9._-]{0,63} and not end with a dot"
+        raise _invalid("adapter_id", f"{message}; it is {_shown(adapter_id)}")
     if adapter_version and not _VERSION.fullmatch(adapter_version):
         message = f"adapter_version must be 64 lower-case hex digits; it is {_shown(adapter_version)}"
         raise _invalid("adapter_version", message)

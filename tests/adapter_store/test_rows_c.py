@@ -5,6 +5,7 @@ batch mates of C 10 are tests/gpu_worker/test_engine_poison.py, and that no code
 it reads is tests/test_architecture.py.
 """
 
+import importlib
 import json
 import re
 import struct
@@ -86,7 +87,9 @@ async def test_c07_an_upload_imports_nothing_and_compiles_no_pattern(
     # Whatever an upload imports of its own is imported now.
     await client.upload("before", make_files(1))
     imports, patterns, files = Imports(), list[str](), make_files(**changes)
-    compile_pattern = re._compiler.compile  # type: ignore[attr-defined]  # where every compilation ends up
+    # Where every compilation ends up.
+    compiler: Any = importlib.import_module("re._compiler")
+    compile_pattern = compiler.compile
 
     def compile_seen(pattern: Any, flags: int = 0) -> Any:
         patterns.append(str(pattern))
@@ -94,21 +97,17 @@ async def test_c07_an_upload_imports_nothing_and_compiles_no_pattern(
 
     # What was compiled before is not compiled again.
     re.purge()
-    monkeypatch.setattr(re._compiler, "compile", compile_seen)  # type: ignore[attr-defined]
+    monkeypatch.setattr(compiler, "compile", compile_seen)
     monkeypatch.setattr(sys, "meta_path", [imports, *sys.meta_path])
+    # The watch itself sees what it is there for.
+    re.compile("(b+)+$")
     with suppress(InvalidArgument) if reason else nullcontext():
         await client.upload("a", files)
     assert imports.names == []
-    assert [pattern for pattern in patterns if "(a+)+" in pattern] == []
-
-
-def test_c07_what_watches_for_patterns_and_imports_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    imports = Imports()
-    monkeypatch.setattr(sys, "meta_path", [imports, *sys.meta_path])
+    assert [pattern for pattern in patterns if "+)+$" in pattern] == ["(b+)+$"]
     with pytest.raises(ModuleNotFoundError):
-        __import__("evil")
+        importlib.import_module("evil")
     assert imports.names == ["evil"]
-    assert re._compiler.compile is re._compile.__globals__["_compiler"].compile  # type: ignore[attr-defined]
 
 
 def entries(count: int) -> bytes:

@@ -1,6 +1,7 @@
 """Security C 2 and 3 at the store: what is another tenant's looks like nothing, and an id is never a path."""
 
 import asyncio
+import functools
 import math
 import os
 import re
@@ -206,13 +207,17 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     _touched.extend(os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike))
 
 
+@functools.cache
+def _watched() -> None:
+    """Once: a hook cannot be taken away again."""
+    sys.addaudithook(_watch)
+
+
 @pytest_asyncio.fixture(loop_scope="module")
 async def touched(shared_client: StoreClient) -> list[str]:
     """Every path that this process opens, makes, moves, lists or removes. One upload has gone before."""
     await shared_client.upload("before", make_files(9))
-    if not hasattr(sys, "_loraplex_hook"):
-        sys.addaudithook(_watch)
-        sys._loraplex_hook = True  # type: ignore[attr-defined]  # a hook cannot be taken away again
+    _watched()
     return _touched
 
 

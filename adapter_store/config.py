@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ServiceConfig, option
+from common.redis_client import RedisConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig(ServiceConfig):
+class StoreConfig(RedisConfig, ServiceConfig):
     """Keeps LoRA adapters and hands them to workers."""
 
     data_dir: Path = option(help="folder of the blobs and of the SQLite registry; created when missing")
@@ -23,16 +24,10 @@ class StoreConfig(ServiceConfig):
     redis: str = option(
         "", help="redis://HOST:PORT/DB, rediss:// or unix://; several stores may share a volume then; empty: SQLite"
     )
-    redis_prefix: str = option("loraplex", help="what the names of all keys begin with")
-    redis_timeout_seconds: float = option(0.2, help="what a caller waits for Redis at most, for one answer")
-    redis_username: str = option("", help="ACL user; empty: the default user")
-    redis_password_file: Path | None = option(None, help="file that holds the password of that user")
-    redis_tls_ca: Path | None = option(None, help="PEM file of the authority that signed the server's certificate")
-    redis_tls_cert: Path | None = option(None, help="PEM file of this client's certificate")
-    redis_tls_key: Path | None = option(None, help="PEM file of this client's key")
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the option that is out of range."""
+        RedisConfig.__post_init__(self)
         if self.max_adapter_bytes < 1:
             raise ValueError(f"max_adapter_bytes is {self.max_adapter_bytes}; it must be at least 1")
         if not self.delete_grace_seconds >= 0:
@@ -40,7 +35,3 @@ class StoreConfig(ServiceConfig):
         for name in ("disk_reserve_bytes", "tenant_max_adapters", "tenant_max_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not self.redis_timeout_seconds > 0:
-            raise ValueError(f"redis_timeout_seconds is {self.redis_timeout_seconds}; it must be positive")
-        if "@" in self.redis:
-            raise ValueError("redis holds credentials; give them in redis_username and redis_password_file")

@@ -4,21 +4,16 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from adapter_store import redis_scripts
 from adapter_store.manifest import Record, version_from_json, version_to_json
 from adapter_store.redis_scripts import SEPARATOR, Keys, id_key
 from adapter_store.registry import Version
+from common.redis_client import RedisAddress
 
-# What a caller waits at most for one answer.
-TIMEOUT_SECONDS = 0.2
 # How long the follower waits for news before it looks whether Redis is still the one it knows.
 FOLLOW_SECONDS = 0.5
 # A follower that was away for more changes reads everything again.
@@ -28,30 +23,6 @@ _ORPHAN_SECONDS = 600
 _DATA_KEYS = ("aliases", "versions", "former", "releases")
 
 Held = tuple[Record, float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class RedisAddress:
-    """Where Redis is and who we are to it. A password stands in a file, never in the address."""
-
-    url: str
-    prefix: str = "loraplex"
-    timeout_seconds: float = TIMEOUT_SECONDS
-    username: str = ""
-    password_file: Path | None = None
-    tls_ca: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Of a client. Raises OSError when the password's file cannot be read."""
-        options: dict[str, Any] = {"decode_responses": True, "username": self.username or None}
-        if self.password_file is not None:
-            options["password"] = self.password_file.read_text(encoding="utf-8").rstrip("\n")
-        if self.url.startswith("rediss:"):
-            files = {"ssl_ca_certs": self.tls_ca, "ssl_certfile": self.tls_cert, "ssl_keyfile": self.tls_key}
-            options |= {name: str(path) for name, path in files.items() if path is not None}
-        return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +52,8 @@ class RedisLink:
     def __init__(self, address: RedisAddress) -> None:
         """Raises OSError when the password's file cannot be read, ValueError when the address is not one."""
         self.keys = Keys(address.prefix)
-        self._client = _client(address, address.timeout_seconds)
-        self._follower = _client(address, FOLLOW_SECONDS + address.timeout_seconds)
+        self._client = address.client()
+        self._follower = address.client(FOLLOW_SECONDS + address.timeout_seconds)
         self._change = self._client.register_script(redis_scripts.CHANGE)
         self._release = self._client.register_script(redis_scripts.RELEASE)
         self._forget = self._client.register_script(redis_scripts.FORGET)
@@ -185,17 +156,6 @@ class RedisLink:
             await self._client.zadd(key, batch)
         if fields or scores:
             await self._client.expire(key, _ORPHAN_SECONDS)
-
-
-def _client(address: RedisAddress, timeout_seconds: float) -> Any:
-    # The library's own default is ten retries, which take seconds.
-    return Redis.from_url(
-        address.url,
-        **address.options(),
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=timeout_seconds,
-        socket_connect_timeout=address.timeout_seconds,
-    )
 
 
 def _record(identifier: str, fields: dict[str, str]) -> Record:

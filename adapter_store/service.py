@@ -10,7 +10,7 @@ from adapter_store.config import StoreConfig
 from adapter_store.manifest import Manifest
 from adapter_store.metrics import RedisMetrics, StoreMetrics
 from adapter_store.peft_config import MAX_CONFIG_BYTES
-from adapter_store.redis_link import RedisAddress, RedisLink
+from adapter_store.redis_link import RedisLink
 from adapter_store.redis_registry import RedisRegistry
 from adapter_store.registry import Registry
 from adapter_store.servicer import AdapterStoreServicer
@@ -78,24 +78,11 @@ class StoreService:
         index_path = blobs.instance_dir / "adapters.db"
         registry: Registry = SqliteRegistry(index_path, manifest)
         if config.redis:
-            link, redis_metrics = RedisLink(_address(config)), RedisMetrics(self.server.registry)
+            link, redis_metrics = RedisLink(config.redis_address), RedisMetrics(self.server.registry)
             registry = RedisRegistry(link, index_path, manifest, redis_metrics)
         await registry.open()
         undo.push_async_callback(registry.close)
         return blobs, registry
-
-
-def _address(config: StoreConfig) -> RedisAddress:
-    return RedisAddress(
-        config.redis,
-        prefix=config.redis_prefix,
-        timeout_seconds=config.redis_timeout_seconds,
-        username=config.redis_username,
-        password_file=config.redis_password_file,
-        tls_ca=config.redis_tls_ca,
-        tls_cert=config.redis_tls_cert,
-        tls_key=config.redis_tls_key,
-    )
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

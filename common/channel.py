@@ -1,5 +1,7 @@
 """Client channels between our services, with settings that notice a dead peer soon and come back soon."""
 
+import json
+
 import grpc
 
 from common.server import KEEPALIVE_OPTIONS
@@ -13,6 +15,8 @@ _CLIENT_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 200),
     # The default lets a channel wait 10 s more after its peer is back.
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # The default takes no notice for 30 s that a name has got other addresses.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
     ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
     # A channel of its own for each connect(): channels with equal arguments would share one connection.
@@ -20,6 +24,14 @@ _CLIENT_OPTIONS = [
 ]
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """A channel to another of our services at `HOST:PORT`. Connects lazily; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=[*KEEPALIVE_OPTIONS, *_CLIENT_OPTIONS])
+def connect(address: str, *, service: str = "") -> grpc.aio.Channel:
+    """A channel to another of our services at `HOST:PORT`, or any target that gRPC knows. Connects lazily.
+
+    With the full name of a service, calls go only to those addresses behind the target whose health says that they
+    serve it (gRFC A17): the active one of several schedulers. The caller closes the channel.
+    """
+    options: list[tuple[str, int | str]] = [*KEEPALIVE_OPTIONS, *_CLIENT_OPTIONS]
+    if service:
+        config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
+        options.append(("grpc.service_config", json.dumps(config)))
+    return grpc.aio.insecure_channel(address, options=options)

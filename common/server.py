@@ -90,11 +90,15 @@ class Server:
         await self.set_ready(False)
         await self.grpc.start()
 
-    async def set_ready(self, ready: bool) -> None:
-        """Flips readiness in health and in the `loraplex_ready` gauge."""
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", "readiness", *self._services):
-            await self._health.set(name, status)
+    async def set_ready(self, ready: bool, *, standby: bool = False) -> None:
+        """Flips readiness in health and in the `loraplex_ready` gauge.
+
+        A standby is ready to take over and serves nothing: clients that ask for a service by name pass it by.
+        """
+        status = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
+        await self._health.set("readiness", status[ready])
+        for name in ("", *self._services):
+            await self._health.set(name, status[ready and not standby])
         self._life.ready.set(int(ready))
         if ready:
             self.ready.set()

@@ -8,12 +8,13 @@ import grpc
 
 from common.errors import Unavailable, from_proto
 from common.version import PROTOCOL_VERSION
-from gateway.link import Link
+from gateway.link import IncompatiblePeer, Link
 from gateway.requests import InFlight
 from gateway.worker_links import WorkerLinks
 from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 RETRY_SECONDS = 1.0
+SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
 
 
 class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResponse]):
@@ -23,7 +24,8 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
         self, address: str, gateway_id: str, workers: WorkerLinks, grace_seconds: float, on_change: Callable[[], None]
     ) -> None:
         """`grace_seconds` is how long unplaced requests wait for a lost scheduler before they fail."""
-        super().__init__("scheduler", address)
+        super().__init__("scheduler", address, SERVICE)
+        self._epoch = 0
         self._gateway_id = gateway_id
         self._workers = workers
         self._table = workers.table
@@ -62,7 +64,7 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
     def _received(self, message: scheduler_pb2.ConnectResponse) -> None:
         match message.WhichOneof("message"):
             case "welcome":
-                self._welcome()
+                self._welcome(message.welcome.scheduler_epoch)
             case "placed":
                 placed = message.placed
                 self._workers.place(placed.key, placed.worker_id, placed.adapter_tier)
@@ -71,7 +73,10 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
             case "workers":
                 self._workers.update(message.workers.workers)
 
-    def _welcome(self) -> None:
+    def _welcome(self, epoch: int) -> None:
+        if epoch < self._epoch:
+            raise IncompatiblePeer(f"its epoch is {epoch}; a scheduler of epoch {self._epoch} has taken over from it")
+        self._epoch = epoch
         self._welcomed = True
         if self._grace is not None:
             self._grace.cancel()

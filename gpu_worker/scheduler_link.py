@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 # Reports ride together: the scheduler needs counts, not every step.
 REPORT_SECONDS = 0.02
 RETRY_SECONDS = 0.2
+_SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
 
 
 class ReportBuffer:
@@ -78,7 +79,7 @@ class SchedulerLink:
     """Registers with the scheduler for as long as the worker lives; its loss stops no running stream."""
 
     def __init__(self, address: str, advertise_address: str, face: Face) -> None:
-        self._channel = connect(address)
+        self._channel = connect(address, service=_SERVICE)
         self._advertise_address = advertise_address
         self._face = face
         self._reports = ReportBuffer()

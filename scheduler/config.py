@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from common.config import ServiceConfig, option
+from common.redis_client import RedisConfig
 from scheduler.core.settings import POLICIES, Settings
 
 _DEFAULTS: dict[str, Any] = {spec.name: spec.default for spec in fields(Settings) if spec.default is not MISSING}
@@ -16,11 +17,15 @@ def _setting(name: str, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig(ServiceConfig):
+class SchedulerConfig(RedisConfig, ServiceConfig):
     """Decides who runs where, when and in which order: queues, fairness, admission, placement."""
 
     port: int = option(50052, help="gRPC port; 0 takes a free one")
     metrics_port: int = option(9152, help="port of /metrics; 0 takes a free one")
+    redis: str = option(
+        "", help="redis://HOST:PORT/DB, rediss:// or unix://: of several schedulers one is active; empty: there is one"
+    )
+    lease_seconds: float = option(3.0, help="how long the active scheduler may be silent before a standby takes over")
     policy: str = _setting("policy", "who goes first", POLICIES)
     tenant_weights: str = option("", help="shares of tenants as NAME=WEIGHT,...; 1 for the others")
     max_queued_requests: int = _setting("max_queued_requests", "requests queued at once; more are RESOURCE_EXHAUSTED")
@@ -63,6 +68,15 @@ class SchedulerConfig(ServiceConfig):
     in_flight_tokens: int = _setting("in_flight_tokens", "output still expected of sequences from before the start")
     fence_seconds: float = _setting("fence_seconds", "how long a worker that reports nonsense is kept out")
     history_requests: int = _setting("history_requests", "requests whose timelines are kept after their end")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the option that is out of range."""
+        RedisConfig.__post_init__(self)
+        if not self.lease_seconds > 2 * self.redis_timeout_seconds:
+            raise ValueError(
+                f"lease_seconds is {self.lease_seconds}; it must exceed twice redis_timeout_seconds, "
+                f"which is {self.redis_timeout_seconds}"
+            )
 
     @property
     def settings(self) -> Settings:

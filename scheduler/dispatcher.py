@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 from prometheus_client import CollectorRegistry
@@ -31,13 +32,18 @@ from scheduler.peers import GatewayPeer, WorkerPeer
 
 _log = logging.getLogger(__name__)
 
+# How soon a scheduler that may not decide looks whether it may again.
+WAIT_SECONDS = 0.05
+
 
 class Dispatcher:
     """Owns the core, its clock and the sending side of every stream. One event loop; events never wait."""
 
-    def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
-        # A second scheduler on one machine starts later and has a greater epoch.
-        epoch = time.time_ns() // 1_000_000
+    def __init__(
+        self, settings: Settings, registry: CollectorRegistry, epoch: int, may_decide: Callable[[], bool]
+    ) -> None:
+        """`may_decide` is asked before each decision; while it says no, decisions wait."""
+        self._may_decide = may_decide
         self._core = Scheduler(settings, epoch, time.monotonic())
         self._metrics = SchedulerMetrics(registry, self._oldest_age_seconds)
         self._gateways: dict[str, GatewayPeer] = {}
@@ -57,7 +63,11 @@ class Dispatcher:
             except TimeoutError:
                 pass
             self._changed.clear()
-            self._decide()
+            if self._may_decide():
+                self._decide()
+            else:
+                self._changed.set()
+                await asyncio.sleep(WAIT_SECONDS)
 
     def close(self) -> None:
         """Ends all streams and takes no new ones."""

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from common.errors import FailedPrecondition, InvalidArgument
+from common.errors import FailedPrecondition, InvalidArgument, Unavailable
 from common.version import PROTOCOL_VERSION
 from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler.dispatcher import Dispatcher
@@ -17,8 +17,17 @@ _SomePeer = TypeVar("_SomePeer", bound=Peer[Any])
 class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     """What gateways, workers and operators call."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self) -> None:
+        # None while another scheduler is the active one.
+        self.active: Dispatcher | None = None
+
+    @property
+    def _dispatcher(self) -> Dispatcher:
+        """Raises Unavailable on a standby."""
+        if self.active is None:
+            message = "this scheduler stands by: another one is active"
+            raise Unavailable("STANDBY", message, retry_after_seconds=1.0)
+        return self.active
 
     async def Connect(self, request_iterator: Any, context: Any) -> AsyncIterator[scheduler_pb2.ConnectResponse]:
         hello: scheduler_pb2.GatewayHello = await _first_hello(request_iterator)

@@ -217,6 +217,7 @@ QUEUES = Dashboard(
         Panel("Workers", "short", {"{{state}}": f"sum by (state) ({SCHEDULER}_workers)"}),
         Panel("Workers lost", "ops", {"{{reason}}": rate(f"{SCHEDULER}_worker_lost_total", "reason")}),
         Panel("Workers kept out", "ops", {"{{reason}}": rate(f"{SCHEDULER}_workers_fenced_total", "reason")}),
+        Panel("Active scheduler", "short", {"{{instance}}": f"sum by (instance) ({SCHEDULER}_active)"}),
         Panel("Gateways", "short", {"connected": f"sum({SCHEDULER}_gateways)"}),
         Panel("Workers asked to register again", "ops", {"gaps": rate(f"{SCHEDULER}_residency_sync_gap_total")}),
     ],

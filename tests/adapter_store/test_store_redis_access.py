@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from adapter_store.config import StoreConfig
-from adapter_store.redis_link import RedisAddress
 from common.channel import connect
 from common.errors import Unavailable
+from common.redis_client import RedisAddress
 from tests.adapter_store.conftest import StartStore
 from tests.adapter_store.crafted import make_files
 from tests.adapter_store.fakes import StoreClient

@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry
 from adapter_store.indexed_registry import IndexedRegistry
 from adapter_store.manifest import Manifest, write_version
 from adapter_store.metrics import RedisMetrics
-from adapter_store.redis_link import RedisAddress, RedisLink
+from adapter_store.redis_link import RedisLink
 from adapter_store.redis_registry import RedisRegistry
 from adapter_store.registry import ABSENT, Alias, ModuleEffect, Registry, Totals, Version, WrongVersionError
 from adapter_store.sqlite_registry import SqliteRegistry
 from common.errors import Unavailable
+from common.redis_client import RedisAddress
 from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 
 EFFECT = ModuleEffect("q_proj", 2, 3, 4, 5, 6.5)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.checkout import ROOT
 
 READY_SECONDS = 100.0
 NOBODY = 65534
+_SCHEDULER = f"{RELEASE}-loraplex-scheduler"
 _PORTS = (50051, 50052, 50053, 50060, 9151, 9152, 9153, 9160, 6379)
 
 
@@ -40,16 +42,15 @@ class Host:
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Starts every container but the test's."""
-        for name, pod in pod_templates(self.manifests).items():
-            if not name.endswith("-test"):
-                for container in pod["spec"]["containers"]:
-                    self.processes[name] = self._spawn(name, pod["spec"], container)
+        """Starts every container but the test's, once; of two schedulers both."""
+        for name, pod in self._pods().items():
+            for container in pod["spec"]["containers"]:
+                self.processes[name] = self._spawn(name, pod["spec"], container)
 
     def await_ready(self) -> None:
         """By each container's own readiness probe."""
         deadline = time.monotonic() + READY_SECONDS
-        pods = pod_templates(self.manifests)
+        pods = self._pods()
         for name, process in self.processes.items():
             (container,) = pods[name]["spec"]["containers"]
             while not self._is_ready(name, container["readinessProbe"]):
@@ -57,10 +58,17 @@ class Host:
                 assert time.monotonic() < deadline, f"{name} is not ready: {self.log(name)}"
                 time.sleep(0.1)
 
+    def await_line(self, name: str, text: str) -> None:
+        """Until the log of a process holds the text."""
+        deadline = time.monotonic() + READY_SECONDS
+        while text not in self.log(name):
+            assert time.monotonic() < deadline, f"{name} does not say {text}: {self.log(name)}"
+            time.sleep(0.1)
+
     def run_test(self, **replaced: str) -> "subprocess.CompletedProcess[str]":
         """The command of the `helm test` pod; `replaced` changes arguments by their flag."""
         name = f"{RELEASE}-loraplex-test"
-        pod = pod_templates(self.manifests)[name]["spec"]
+        pod = deepcopy(pod_templates(self.manifests)[name]["spec"])
         (container,) = pod["containers"]
         container["args"] = [
             f"--{flag}={replaced[flag]}" if (flag := argument[2:].split("=")[0]) in replaced else argument
@@ -82,6 +90,17 @@ class Host:
                 process.kill()
                 codes[name] = process.wait()
         return codes
+
+    def _pods(self) -> dict[str, Manifest]:
+        """By name; the standby's is a copy of the scheduler's."""
+        pods = {name: pod for name, pod in pod_templates(self.manifests).items() if not name.endswith("-test")}
+        if self._has_standby:
+            pods[f"{_SCHEDULER}-1"] = pods[_SCHEDULER]
+        return pods
+
+    @property
+    def _has_standby(self) -> bool:
+        return bool(self._object("Deployment", _SCHEDULER)["spec"]["replicas"] == 2)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8")[-3000:]
@@ -147,6 +166,10 @@ class Host:
         return re.sub(r"127\.0\.0\.1:(\d+)", lambda match: self._own(name, int(match[1])), text)
 
     def _address(self, name: str, port: int) -> str:
+        if name == _SCHEDULER and port == 50052 and self._has_standby:
+            # What the headless service's name resolves to.
+            both = ",".join(f"127.0.0.1:{self._port(pod, port)}" for pod in (name, f"{name}-1"))
+            return f"ipv4:{both}"
         return f"127.0.0.1:{self._port(name, port)}"
 
     def _own(self, name: str, port: int) -> str:
@@ -162,7 +185,7 @@ class Host:
     def _is_ready(self, name: str, probe: Manifest) -> bool:
         if "tcpSocket" in probe:
             return _listens(self._port(name, 6379))
-        with grpc.insecure_channel(self._address(name, probe["grpc"]["port"])) as channel:
+        with grpc.insecure_channel(f"127.0.0.1:{self._port(name, probe['grpc']['port'])}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             try:
                 request = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])

@@ -34,7 +34,7 @@ def host() -> Iterator[Host]:
 
 
 def test_every_container_becomes_ready(host: Host) -> None:
-    names = {"gateway", "scheduler", "adapter-store", "worker-default", "redis"}
+    names = {"gateway", "scheduler", "scheduler-1", "adapter-store", "worker-default", "redis"}
     assert set(host.processes) == {f"demo-loraplex-{name}" for name in names}
 
 
@@ -57,6 +57,19 @@ def test_the_user_can_write_neither_the_working_directory_nor_what_is_not_mounte
     user, here, _ = result.stdout.split()
     assert int(user) != 0
     assert here == ("False" if os.getuid() == 0 else "True")
+
+
+def test_a_standby_takes_over_from_a_scheduler_that_was_killed(host: Host) -> None:
+    """Also shows that the rendered rights in Redis are enough for the lease."""
+    schedulers = [f"demo-loraplex-scheduler{suffix}" for suffix in ("", "-1")]
+    (active,) = [name for name in schedulers if '"message": "active"' in host.log(name)]
+    killed = host.processes.pop(active)
+    killed.kill()
+    killed.wait()
+    host.await_line(next(name for name in schedulers if name != active), '"message": "active"')
+    host.await_ready()
+    result = host.run_test()
+    assert result.returncode == 0, result.stdout
 
 
 def test_told_to_stop_every_container_ends_well(host: Host) -> None:

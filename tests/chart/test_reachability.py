@@ -20,6 +20,7 @@ CALLS = {
     ("worker", "scheduler"),
     ("worker", "adapter-store"),
     ("adapter-store", "redis"),
+    ("scheduler", "redis"),
     ("test", "gateway"),
 }
 # Somebody in another namespace: a client of the gateway, a Prometheus, or anybody else.
@@ -103,6 +104,11 @@ def test_only_on_the_port_of_the_service(caller: str) -> None:
             assert not cluster.reaches(caller, called, port)
 
 
+def test_a_scheduler_without_a_standby_reaches_nobody() -> None:
+    alone = Cluster({**HA, "scheduler": {"replicas": 1}})
+    assert alone.matrix() == CALLS - {("scheduler", "redis")}
+
+
 def test_without_redis_nobody_may_reach_one() -> None:
     assert Cluster(MINIMAL).matrix() == {pair for pair in CALLS if "redis" not in pair}
 
@@ -136,4 +142,4 @@ def test_names_are_resolved_by_those_who_call() -> None:
     resolves = {
         c for c, labels in cluster.pods.items() if allowed(cluster.policies, "out", labels, dns, 53, namespace={})
     }
-    assert resolves == {"gateway", "worker", "adapter-store", "test"}
+    assert resolves == {"gateway", "scheduler", "worker", "adapter-store", "test"}

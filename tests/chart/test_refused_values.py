@@ -50,7 +50,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scaling upside down": (scaled(prometheus="http://p", minReplicas=5), "exceeds maxReplicas"),
     "an unknown key": ({"gatway": {}}, "gatway"),
     "an unknown key deep down": (pool(modell={}), "modell"),
-    "a second scheduler": ({"scheduler": {"replicas": 2}}, "/scheduler/replicas"),
+    "a standby without Redis": ({"scheduler": {"replicas": 2}}, "a standby needs Redis"),
+    "scheduler budget": (
+        {"scheduler": {"replicas": 2, "pdb": {"minAvailable": 2}}, **_BUNDLED},
+        "scheduler: pdb.minAvailable is 2 of 2",
+    ),
+    "a third scheduler": ({"scheduler": {"replicas": 3}, **_BUNDLED}, "/scheduler/replicas"),
     "no pool": ({"pools": []}, "/pools"),
     "a pool without a name": ({"pools": [{}]}, "name"),
     "an option that is none": ({"gateway": {"options": {"PATH": "/"}}}, "invalid propertyName 'PATH'"),
@@ -73,6 +78,6 @@ def test_every_failure_of_a_template_has_a_case() -> None:
         messages.append(str(refusal.value))
     templates = "".join(path.read_text(encoding="utf-8") for path in sorted(CHART.glob("templates/*.*")))
     sentences = re.findall(r'fail (?:\(printf )?"([^"]+)"', templates)
-    assert len(sentences) == templates.count("fail ") >= 17
+    assert len(sentences) == templates.count("fail ") >= 19
     fixed = [max(re.split("%[ds]", sentence), key=len) for sentence in sentences]
     assert [text for text in fixed if not any(text in message for message in messages)] == []

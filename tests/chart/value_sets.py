@@ -26,6 +26,7 @@ GPU: dict[str, Any] = {
 
 HA: dict[str, Any] = {
     "gateway": {"replicas": 3, "pdb": {"minAvailable": 2}},
+    "scheduler": {"replicas": 2},
     "adapterStore": {"replicas": 2, "persistence": _CLAIM},
     "redis": {"bundled": {"enabled": True}},
     "pools": [{"name": "default", "replicas": 2}],
@@ -63,6 +64,7 @@ EVERYTHING: dict[str, Any] = {
         "autoscaling": {"enabled": True},
         "scheduling": {"priorityClassName": "high"},
     },
+    "scheduler": {"replicas": 2, "scheduling": {"priorityClassName": "high"}},
     "adapterStore": {"replicas": 2, "persistence": {**_CLAIM, "storageClass": "nfs"}},
     "redis": {"bundled": {"enabled": True, "storageClass": "fast"}},
     "pools": [

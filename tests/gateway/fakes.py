@@ -105,18 +105,19 @@ class _Peer:
 class FakeScheduler(_Peer):
     """Lists `workers` to whoever connects."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int = 1) -> None:
         super().__init__(
             scheduler_pb2_grpc.SchedulerServiceServicer, scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server
         )
         self.workers: list[scheduler_pb2.WorkerInfo] = []
         self.received: asyncio.Queue[scheduler_pb2.ConnectRequest] = asyncio.Queue()
         self.connected = asyncio.Event()
+        self._epoch = epoch
 
     async def Connect(self, request_iterator: Any, context: Any) -> None:
         self.context = context
         assert (await anext(request_iterator)).hello.protocol_version == PROTOCOL_VERSION
-        await self.say(welcome=scheduler_pb2.SchedulerWelcome(scheduler_epoch=1))
+        await self.say(welcome=scheduler_pb2.SchedulerWelcome(scheduler_epoch=self._epoch))
         await self.list_workers()
         self.connected.set()
         async for request in request_iterator:

@@ -8,7 +8,7 @@ import pytest
 
 from loraplex.v1 import gateway_pb2, scheduler_pb2, types_pb2
 from tests.gateway.conftest import Fleet, StartFleet, ask, failure, read_all, reason_of, retry_seconds_of
-from tests.gateway.fakes import FakeWorker, byte_tokenizer_files, identity, token_ids, tokens
+from tests.gateway.fakes import FakeScheduler, FakeWorker, byte_tokenizer_files, identity, token_ids, tokens
 
 
 async def test_a_lost_worker_fails_its_streams_with_a_retry_hint(fleet: Fleet) -> None:
@@ -89,6 +89,26 @@ async def test_a_scheduler_that_starts_anew_and_lists_nobody_stops_no_stream(fle
     await fleet.worker.say(tokens(key, 1, token_ids("b"), finish=True))
     assert isinstance(await call.read(), gateway_pb2.GenerateResponse)
     assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_scheduler_of_an_older_epoch_is_refused(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """One that slept while another took over may still be there when the gateway dials again."""
+    await fleet.scheduler.stop()
+    port = fleet.scheduler.port
+    fleet.scheduler = FakeScheduler(epoch=2)
+    fleet.scheduler.port = port
+    fleet.scheduler.workers.append(fleet.worker.info)
+    await fleet.scheduler.start()
+    await fleet.becomes(ready=True)
+    await fleet.scheduler.stop()
+    await fleet.becomes(ready=False)
+    fleet.scheduler = FakeScheduler(epoch=1)
+    fleet.scheduler.port = port
+    await fleet.scheduler.start()
+    refusal = "its epoch is 1; a scheduler of epoch 2 has taken over from it"
+    while refusal not in caplog.text:  # noqa: ASYNC110  # no event tells
+        await asyncio.sleep(0.01)
+    assert not fleet.gateway.server.ready.is_set()
 
 
 async def test_what_was_not_placed_fails_when_the_scheduler_stays_away(start_fleet: StartFleet) -> None:

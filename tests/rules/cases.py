@@ -50,6 +50,7 @@ CASES = [
         "150m",
     ),
     Case("LoraplexNoWorker", {'loraplex_scheduler_workers{state="ready"}': "0x10 1x10"}, "5m", "15m"),
+    Case("LoraplexNoActiveScheduler", {'loraplex_scheduler_active{instance="s:9152"}': "0x10 1x10"}, "5m", "15m"),
     Case(
         "LoraplexNotReady",
         {'loraplex_ready{instance="w:9160"}': "0x20 1x10", 'loraplex_draining{instance="w:9160"}': "0x30"},

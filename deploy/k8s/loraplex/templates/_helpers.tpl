@@ -167,3 +167,51 @@ LORAPLEX_DRAIN_SECONDS: {{ .c.drainSeconds | quote }}
 - {{ toYaml $pool | nindent 2 | trim }}
 {{ end }}
 {{- end }}
+
+{{- /* Options of a service that uses Redis. */ -}}
+{{- define "loraplex.redisConfig" -}}
+{{- with .Values.redis }}
+{{- if .bundled.enabled }}
+LORAPLEX_REDIS: "redis://{{ include "loraplex.fullname" $ }}-redis:6379/0"
+LORAPLEX_REDIS_USERNAME: loraplex
+LORAPLEX_REDIS_PASSWORD_FILE: /redis/password
+{{- else if .external.url }}
+LORAPLEX_REDIS: {{ .external.url | quote }}
+{{- with .external.username }}
+LORAPLEX_REDIS_USERNAME: {{ . | quote }}
+{{- end }}
+{{- if .external.passwordSecret }}
+LORAPLEX_REDIS_PASSWORD_FILE: /redis/{{ .external.passwordKey }}
+{{- end }}
+{{- if .external.tlsSecret }}
+LORAPLEX_REDIS_TLS_CA: /redis-tls/ca.crt
+LORAPLEX_REDIS_TLS_CERT: /redis-tls/tls.crt
+LORAPLEX_REDIS_TLS_KEY: /redis-tls/tls.key
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.redisMounts" -}}
+{{- if include "loraplex.redisEnabled" . }}
+{{- if include "loraplex.redisSecret" . }}
+- {name: redis, mountPath: /redis, readOnly: true}
+{{- end }}
+{{- if .Values.redis.external.tlsSecret }}
+- {name: redis-tls, mountPath: /redis-tls, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.redisVolumes" -}}
+{{- if include "loraplex.redisEnabled" . }}
+{{- if include "loraplex.redisSecret" . }}
+- name: redis
+  secret: {secretName: {{ include "loraplex.redisSecret" . }}, defaultMode: 0440}
+{{- end }}
+{{- with .Values.redis.external.tlsSecret }}
+- name: redis-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+{{- end }}

@@ -56,12 +56,12 @@ PARITY_ADAPTERS = {
 }
 
 
-def save_base(folder: Path, seed: int = 0) -> None:
+def save_base(folder: Path, seed: int = 0, hidden_size: int = 64) -> None:
     """Writes a checkpoint whose weights are wide enough that greedy decoding is rarely close to a tie."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=4,

@@ -34,6 +34,7 @@ YARN = {"original_max_position_embeddings": ORIGINAL, "beta_fast": 2.0, "beta_sl
 
 # kind -> (model_type, seed, changes of TINY). The seeds keep every continuation more than MIN_MARGIN from a tie.
 KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "llama-default": ("llama", 0, {}),
     "llama-linear": ("llama", 0, {"rope_parameters": {"rope_type": "linear", **ROPE}}),
     "llama-dynamic": (
         "llama",

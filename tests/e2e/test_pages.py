@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import aclosing
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from loraplex import AsyncClient
 from loraplex.fleet import Fleet
 from tests.e2e.support import (
     assert_books_balance,
+    finish_counts,
     greedy_tokens,
     memory_usage,
     metric,
@@ -66,6 +68,7 @@ async def test_a_newcomers_first_token_comes_before_any_running_stream_ends(tiny
 
 def test_killing_the_client_frees_its_pages(fleet: Fleet) -> None:
     worker = fleet.workers[0]
+    before = finish_counts(worker)
     command = [sys.executable, "-c", CLIENT, fleet.gateway.address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
@@ -73,14 +76,18 @@ def test_killing_the_client_frees_its_pages(fleet: Fleet) -> None:
         assert memory_usage(worker).memory.kv_pages > 0
         client.send_signal(signal.SIGKILL)
     until(lambda: memory_usage(worker).memory.kv_pages == 0, "the killed client's pages are free")
+    # Not because it came to its end.
+    assert finish_counts(worker) - before == Counter(cancelled=1)
     assert_books_balance(worker)
 
 
 async def test_a_cancelled_stream_frees_its_pages_and_nobody_else_notices(tiny: TinyModel, fleet: Fleet) -> None:
+    worker = fleet.workers[0]
+    before = finish_counts(worker)
     async with AsyncClient(fleet.gateway.address) as client:
         other = asyncio.create_task(greedy_tokens(client, "rank-16", tiny.prompts["rank-16"]))
         async with aclosing(client.stream(tiny.prompts[""], "", max_tokens=400, ignore_eos=True)) as cancelled:
             await anext(cancelled)
         assert await other == tiny.answers["rank-16"]
-    worker = fleet.workers[0]
     until(lambda: memory_usage(worker).memory.kv_pages == 0, "the cancelled stream's pages are free")
+    assert finish_counts(worker) - before == Counter(cancelled=1, length=1)

@@ -9,6 +9,7 @@ that needs no second look: N. Young, "The k-server dual and loose competitivenes
 size as in L. Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching" (1998).
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class _State(Enum):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Candidate:
+class Candidate(ABC):
     """Something whose pages may be taken while nobody uses it."""
 
     # The last launched step that may touch its pages.
@@ -82,9 +83,9 @@ class Candidate:
     state: _State = _State.IN_USE
 
     @property
+    @abstractmethod
     def num_pages(self) -> int:
         """Pages that an eviction gives."""
-        raise NotImplementedError
 
     @property
     def exposed(self) -> bool:

@@ -183,9 +183,13 @@ def assert_served(fleet: Fleet, tiny: TinyModel) -> None:
 
 
 def test_the_cases_hold_every_field_of_the_parameters() -> None:
-    parts = {"sampling": types_pb2.SamplingParams, "stopping": types_pb2.StoppingParams}
-    more = {"output": types_pb2.OutputParams, "scheduling": types_pb2.SchedulingParams}
-    fields = {f"{part}.{field.name}" for part, of in (parts | more).items() for field in of.DESCRIPTOR.fields}
+    parts: dict[str, Any] = {
+        "sampling": types_pb2.SamplingParams,
+        "stopping": types_pb2.StoppingParams,
+        "output": types_pb2.OutputParams,
+        "scheduling": types_pb2.SchedulingParams,
+    }
+    fields = {f"{part}.{field.name}" for part, message in parts.items() for field in message.DESCRIPTOR.fields}
     assert fields == RANGES.keys() | UNBOUNDED | OF_THEIR_OWN
 
 
@@ -205,7 +209,8 @@ def test_a_bad_request_is_refused_in_a_sentence_and_the_next_is_served(
 def test_bytes_that_are_no_request_are_refused_and_the_next_is_served(
     data: bytes, fleet: Fleet, channel: grpc.Channel, tiny: TinyModel
 ) -> None:
-    error: Any = refusal(channel.unary_stream("/loraplex.v1.GatewayService/GenerateStream")(data))
+    call: Any = channel.unary_stream("/loraplex.v1.GatewayService/GenerateStream")
+    error: Any = refusal(call(data))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
     assert not EXCEPTION_TEXT.search(error.details())
     assert_served(fleet, tiny)

@@ -1,5 +1,6 @@
 """The Virtual Token Counter: whoever has had the fewest tokens goes first."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from scheduler.core.lazy_heap import Place
@@ -12,7 +13,7 @@ INPUT_PRICE = 1.0
 OUTPUT_PRICE = 2.0
 
 
-class Metered(Unmetered):
+class Metered(Unmetered, ABC):
     """Charges a client for its requests, in a ledger of all clients. Subclasses say what service is."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -55,13 +56,13 @@ class Metered(Unmetered):
     def charge_difference(self, request: Request, service: float) -> None:
         self.ledger.charge(request.tenant, service)
 
+    @abstractmethod
     def price_at_start(self, request: Request) -> float:
         """What it is charged when it is given to a worker."""
-        raise NotImplementedError
 
+    @abstractmethod
     def price(self, request: Request) -> float:
         """Of what it has had so far."""
-        raise NotImplementedError
 
 
 class VirtualTokenCounter(Metered):

@@ -10,6 +10,7 @@ from gpu_worker.batching import Batcher, Chunk, StepPlan
 from gpu_worker.commands import Arrival, CommandProcessor
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import Loader
+from gpu_worker.loan import Loan
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.model_runner import ModelRunner, StepOutput
 from gpu_worker.outbox import Outbox
@@ -39,13 +40,21 @@ class Engine:
     """Sequences in, tokens out. Every method runs on the engine's thread."""
 
     def __init__(
-        self, runner: ModelRunner, memory: MemoryManager, loader: Loader, host: HostTier, limits: EngineLimits
+        self,
+        runner: ModelRunner,
+        memory: MemoryManager,
+        loader: Loader,
+        host: HostTier,
+        limits: EngineLimits,
+        loan: Loan,
     ) -> None:
+        """`loan` is lent while the runner computes."""
         self._runner = runner
         self._memory = memory
         self._loader = loader
         self._host = host
         self._limits = limits
+        self._loan = loan
         self._outbox = Outbox()
         self._batcher = Batcher(
             memory, self._layout, max_step_tokens=limits.max_step_tokens, max_sequences=limits.max_sequences
@@ -99,9 +108,18 @@ class Engine:
 
     def step(self, arrivals: Iterable[Arrival]) -> list[engine_pb2.EngineEvent]:
         """Applies what has arrived, runs one batch, and says what changed. Waits for nobody."""
-        events = self._commands.apply(arrivals, self._step)
-        stats = self._run_batch()
-        return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
+        with self._loan:
+            events = self._commands.apply(arrivals, self._step)
+            stats = self._run_batch()
+            return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
+
+    def foresee(self, offers: Iterable[scheduler_pb2.Offer]) -> None:
+        """Starts the copies that offers want when a step computes just now; on the thread that received them.
+
+        The offers are applied between steps like everything else: this only spares them the wait until then.
+        """
+        versions = [offer.request.adapter_version for offer in offers]
+        self._loan.borrow(lambda: self._load(self._prefetcher.early(versions)))
 
     def _layout(self, adapter_version: str) -> PackedLayout | None:
         """Of an adapter that can be admitted: it is in pages, or in the host tier."""
@@ -144,10 +162,7 @@ class Engine:
         moves = self._prefetcher.plan()
         for tenant, adapter_version in moves.asks:
             self._outbox.need_adapter(tenant, adapter_version)
-        for adapter_version in [*plan.loads, *moves.loads]:
-            adapter = self._memory.adapters.get(adapter_version)
-            if adapter is not None:
-                self._loader.load(adapter_version, self._host.take(adapter_version), adapter.pages)
+        self._load([*plan.loads, *moves.loads])
         for sequence in plan.admitted:
             if not (sequence.preemptions or sequence.wants_prompt_logprobs):
                 self._prefix_queries += len(sequence.prompt_token_ids)
@@ -158,6 +173,13 @@ class Engine:
                 timings.loaded = timings.loaded or now
         for sequence in [*plan.admitted, *plan.preempted]:
             self._outbox.changed(sequence)
+
+    def _load(self, adapter_versions: list[str]) -> None:
+        """Starts copies into pages that are reserved."""
+        for adapter_version in adapter_versions:
+            adapter = self._memory.adapters.get(adapter_version)
+            if adapter is not None:
+                self._loader.load(adapter_version, self._host.take(adapter_version), adapter.pages)
 
     def _advance(self, chunk: Chunk, output: StepOutput) -> None:
         """Books a computed chunk; a sequence that got a token may have ended with it."""

@@ -19,7 +19,7 @@ from common.errors import FailedPrecondition, Internal, LoraplexError, to_proto
 from common.logs import set_up_logs
 from common.version import PROTOCOL_VERSION
 from common.wire import dtype_to_proto
-from gpu_worker.batch import Forward
+from gpu_worker.batch import Forward, ForwardBatch
 from gpu_worker.commands import Arrival
 from gpu_worker.config import EngineConfig, parse_bytes, parse_share
 from gpu_worker.engine import Engine, EngineLimits
@@ -27,6 +27,7 @@ from gpu_worker.frames import encode, read_command
 from gpu_worker.host_storage import HostStorage, MappedFiles, PinnedArena
 from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import Loader
+from gpu_worker.loan import Loan
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
@@ -45,6 +46,22 @@ class EngineProcessConfig(EngineConfig):
 
     pipe: int = option(help="file descriptor of the socket to the face")
     log_level: str = option("info", help="lowest level that is logged")
+
+
+class Lending:
+    """A decoder that lends the engine's state while it computes."""
+
+    def __init__(self, forward: Forward, loan: Loan) -> None:
+        self._forward = forward
+        self._loan = loan
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._forward.dtype
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        with self._loan.lend():
+            return self._forward.forward(batch)
 
 
 def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.EngineReady]:
@@ -70,7 +87,9 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     limits = EngineLimits(config.max_step_tokens, config.max_sequences, sizes.max_context_tokens, sizes.vocab_size, eos)
     host_bytes = parse_bytes(config.host_memory)
     host = HostTier(geometry, num_pages, sizes.module_shapes, _storage(config, geometry, host_bytes), host_bytes)
-    engine = Engine(ModelRunner(forward, memory, pool, "cpu"), memory, Loader(pool, inbox.put), host, limits)
+    loan = Loan()
+    runner = ModelRunner(Lending(forward, loan), memory, pool, "cpu")
+    engine = Engine(runner, memory, Loader(pool, inbox.put), host, limits, loan)
     engine.warm_up()
     dtype = dtype_to_proto(str(model.dtype).removeprefix("torch."))
     return engine, engine_pb2.EngineReady(
@@ -146,28 +165,37 @@ def _identity(
     )
 
 
-def _read_commands(pipe: socket.socket, inbox: Inbox) -> None:
-    while (command := read_command(pipe)) is not None:
-        inbox.put(command)
-    inbox.put(None)
+def _read_commands(pipe: socket.socket, inbox: Inbox, engine: Engine) -> None:
+    try:
+        while (command := read_command(pipe)) is not None:
+            receive(command, inbox, engine)
+    finally:
+        inbox.put(None)
 
 
-def _arrivals(inbox: Inbox, *, wait: bool) -> list[Arrival] | None:
+def receive(command: engine_pb2.EngineCommand, inbox: Inbox, engine: Engine) -> None:
+    """Takes in a command of the face, on any thread: its offers' adapters start to climb at once."""
+    inbox.put(command)
+    if offers := [one.offer for one in command.scheduler_commands.commands if one.HasField("offer")]:
+        engine.foresee(offers)
+
+
+def arrivals(inbox: Inbox, *, wait: bool) -> list[Arrival] | None:
     """Everything that has arrived, after waiting for the first if `wait`; None when the face says stop or is gone."""
-    arrivals: list[Arrival] = []
+    arrived: list[Arrival] = []
     while wait or not inbox.empty():
         arrival = inbox.get()
         if arrival is None or (isinstance(arrival, engine_pb2.EngineCommand) and arrival.HasField("shutdown")):
             return None
-        arrivals.append(arrival)
+        arrived.append(arrival)
         wait = False
-    return arrivals
+    return arrived
 
 
 def serve(engine: Engine, pipe: socket.socket, inbox: Inbox) -> None:
     """Steps until the face says stop or is gone."""
-    while (arrivals := _arrivals(inbox, wait=not engine.busy)) is not None:
-        for event in engine.step(arrivals):
+    while (arrived := arrivals(inbox, wait=not engine.busy)) is not None:
+        for event in engine.step(arrived):
             pipe.sendall(encode(event))
         if not engine.busy:
             engine.check_integrity()
@@ -186,7 +214,7 @@ def main() -> None:
         engine, ready = build(config, inbox)
     except (OSError, ValueError) as problem:
         _fail(pipe, FailedPrecondition("ENGINE_CANNOT_START", str(problem)))
-    threading.Thread(target=_read_commands, args=(pipe, inbox), name="pipe-reader", daemon=True).start()
+    threading.Thread(target=_read_commands, args=(pipe, inbox, engine), name="pipe-reader", daemon=True).start()
     pipe.sendall(encode(engine_pb2.EngineEvent(ready=ready)))
     try:
         serve(engine, pipe, inbox)

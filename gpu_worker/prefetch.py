@@ -1,6 +1,8 @@
 """Adapters on their way up before anybody can run with them: store → host → pages, in the order of the queue."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from gpu_worker.batching import Batcher
 from gpu_worker.host_tier import HostTier
@@ -8,6 +10,8 @@ from gpu_worker.memory.manager import MemoryManager
 
 # Distinct adapters looked at from the head of the queue on: more would not be admitted before much else has changed.
 LOOKAHEAD = 64
+# Sequences looked at for them: many may want the same one.
+MAX_LOOKED_AT = 4 * LOOKAHEAD
 # Questions open at the face at once: twice what it fetches at a time, so that the order is still ours to choose.
 MAX_ASKED = 8
 # Share of the pool, as its divisor, that adapters may take which nobody runs with yet. The head of the queue is exempt.
@@ -40,6 +44,9 @@ class Prefetcher:
         self._hints: dict[str, str] = {}
         # Those of them the face was asked for
         self._asked: set[str] = set()
+        # Wanted by requests that came since the last plan, and the pages reserved for them.
+        self._early: set[str] = set()
+        self._early_pages = 0
 
     @property
     def num_hints(self) -> int:
@@ -60,17 +67,38 @@ class Prefetcher:
     def plan(self) -> Moves:
         """Reserves pages and says what to start. Looks at a bounded part of the queue."""
         moves = Moves()
+        self._early.clear()
+        self._early_pages = 0
         window = self._window()
         self._host.keep(window.keys())
         self._climb(window, moves)
         self._follow_hints(moves)
         return moves
 
+    def early(self, adapter_versions: Iterable[str]) -> list[str]:
+        """Reserves pages for the adapters of requests that came while a step computes, and says which to fill.
+
+        They are not in line yet. Behind others in line they would have to wait for those: that is for `plan`.
+        """
+        loads = []
+        for version in adapter_versions:
+            self._early.add(version)
+            layout = self._host.layout(version)
+            if layout is None or self._batcher.num_waiting:
+                continue
+            need = self._memory.geometry.pages_for_bytes(layout.total_bytes)
+            if self._early_pages + need > self._memory.num_pages // AHEAD_DIVISOR:
+                continue
+            if self._memory.prefetch(version, layout, keep=self._early, spare_pages=self._batcher.num_running):
+                self._early_pages += need
+                loads.append(version)
+        return loads
+
     def _window(self) -> dict[str, str]:
         """Adapter version → tenant from the head of the queue on, as many as the host tier can hold together."""
         window: dict[str, str] = {}
         room = self._host.limit_bytes
-        for sequence in self._batcher.waiting():
+        for sequence in islice(self._batcher.waiting(), MAX_LOOKED_AT):
             version = sequence.adapter_version
             if not version or version in window:
                 continue

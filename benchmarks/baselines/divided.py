@@ -64,7 +64,7 @@ class Divided(MemoryManager):
         """While the adapters' part has room; what is in it stays."""
         if self.adapters.get(adapter_version) or not self._adapter_fits(layout):
             return False
-        self._cold_adapters.wanted(self.adapters.add_loading(adapter_version, layout))
+        self.adapters.foresee(self.adapters.add_loading(adapter_version, layout))
         return True
 
     def complete(self, step: int) -> None:

@@ -4,6 +4,7 @@ Source: vLLM 0.33, `lora/model_manager.py` and `lora/worker_manager.py`: `set_ac
 """
 
 import time
+from collections.abc import Iterable
 
 from benchmarks.baselines.divided import Slotted
 from gpu_worker.host_storage import HostBlob
@@ -33,6 +34,9 @@ class NoPrefetch(Prefetcher):
             if version and version not in self._host and self._memory.adapters.get(version) is None:
                 self._ask(sequence.tenant, version, moves)
         return moves
+
+    def early(self, adapter_versions: Iterable[str]) -> list[str]:
+        return []
 
 
 class ThrottledLoader(Loader):

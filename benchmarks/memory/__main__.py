@@ -1,6 +1,7 @@
 """Tiers, prefetch, pool and eviction, measured; one JSON line a row. Refuses when the tests of these are red.
 
-wait       (a), (e)  time to the first token with 1x to 8x the adapters that fit; the real engine, minutes
+capacity   (a)       requests a second with 1x to 8x the adapters that fit; the real engine
+wait       (a), (e)  time to the first token at 70 % of the capacity with 1x; the real engine, minutes
 reserve    (b)       tokens of KV left beside padded slots
 shares     (c)       who has the pool while 1, 200, 1 adapters are in play
 eviction   (d)       joint eviction against LRU
@@ -18,17 +19,21 @@ from benchmarks.memory import replay, serve
 from benchmarks.memory.fixture import checkpoint_and_adapters
 from benchmarks.memory.report import RESULTS
 
-PARTS = ("wait", "reserve", "shares", "eviction")
+PARTS = ("capacity", "wait", "reserve", "shares", "eviction")
 TESTS = ("tests/gpu_worker/memory", "tests/gpu_worker/test_prefetch.py", "tests/gpu_worker/test_host_tier.py")
 
 
 def main() -> None:
+    default = serve.Options()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals in each run of `wait`")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="of arrivals in a run of `wait`")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each case of `wait`")
     parser.add_argument("--ratio", type=float, action="append", help="load seconds / step seconds; default 0.25 and 5")
+    parser.add_argument("--multiple", type=int, action="append", choices=serve.MULTIPLES, help="default all")
+    parser.add_argument("--popularity", action="append", choices=list(serve.POPULARITIES), help="default all")
     parser.add_argument("--turns", type=int, default=4000, help="requests of each trace of `eviction`")
     parser.add_argument(
         "--plot", action="store_true", help="draw what was measured into docs/images (needs matplotlib)"
@@ -43,7 +48,7 @@ def main() -> None:
     rows = [row | about for part in parts for row in _measure(part, options)]
     for row in rows:
         print(json.dumps(row), flush=True)
-    _keep(rows, parts)
+    _keep(rows)
     if options.plot:
         from benchmarks.memory.plots import draw
 
@@ -61,15 +66,26 @@ def _measure(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         return replay.share_rows()
     if part == "eviction":
         return replay.eviction_rows(options.turns)
+    chosen = serve.Options(
+        seconds=options.seconds,
+        rounds=options.rounds,
+        ratios=options.ratio or serve.RATIOS,
+        multiples=options.multiple or serve.MULTIPLES,
+        popularities=options.popularity or list(serve.POPULARITIES),
+    )
     with checkpoint_and_adapters(serve.FITTING * max(serve.MULTIPLES)) as (base, adapters):
-        return serve.rows(base, adapters, options.seconds, options.ratio or serve.RATIOS)
+        return (serve.rows if part == "wait" else serve.capacity_rows)(base, adapters, chosen)
 
 
-def _keep(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> None:
-    """Rows of parts that were not measured now stay; so do those of another ratio."""
-    measured = {(row["part"], row.get("load_to_step_ratio")) for row in rows}
+def _keep(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of parts that were not measured now stay; so do those of another case."""
+
+    def case(row: dict[str, Any]) -> tuple[object, ...]:
+        return tuple(row.get(name) for name in ("part", "load_to_step_ratio", "popularity", "multiple"))
+
+    measured = {case(row) for row in rows}
     old = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    kept = [line for line in old if ((row := json.loads(line))["part"], row.get("load_to_step_ratio")) not in measured]
+    kept = [line for line in old if case(json.loads(line)) not in measured]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("\n".join([*kept, *(json.dumps(row) for row in rows)]) + "\n", encoding="utf-8")
 

@@ -1,14 +1,16 @@
 """(a) and (e): the real engine under Poisson arrivals, with more adapters than fit and a throttled copier.
 
 What fits is one pool: twelve adapters of mixed ranks and the KV of eight sequences. A request is 32 tokens of prompt
-and 32 of answer for an adapter drawn evenly from those in play. Time to first token counts from the moment it should
-have arrived. All adapters are in the host tier: what is waited for is the way into pages.
+and 32 of answer for an adapter drawn from those in play, evenly or by Zipf's law. Time to first token counts from the
+moment it should have arrived. All adapters are in the host tier: what is waited for is the way into pages.
 """
 
 import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +19,8 @@ import numpy as np
 
 from benchmarks.baselines.fixed_slots import BlockingLoader, LeastRecentSlots, NoPrefetch, ThrottledLoader
 from benchmarks.memory.fixture import PAGES, Adapter
+from benchmarks.memory.replay import zipf
 from gpu_worker import engine, engine_main
-from gpu_worker.commands import Arrival
 from gpu_worker.config import EngineConfig
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.prefetch import Prefetcher
@@ -27,10 +29,27 @@ from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 FITTING = 12
 MULTIPLES = (1, 2, 4, 8)
 RATIOS = (0.25, 5.0)
-SYSTEMS = ("loraplex", "no-prefetch", "slots-lru-blocking")
+# The last has pages for all that are in play: what more adapters in a batch cost when none is ever loaded.
+SYSTEMS = ("loraplex", "no-prefetch", "slots-lru-blocking", "all-fit")
 MAX_SEQUENCES, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 32, 32
 LOAD = 0.7
+POPULARITIES: dict[str, Callable[[int], list[float]]] = {
+    "uniform": lambda count: [1.0] * count,
+    "zipf-1.0": lambda count: zipf(1.0, count),
+}
 KV_PAGES = MAX_SEQUENCES * PAGES.pages_for_tokens(PROMPT_TOKENS + OUTPUT_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is measured; `seconds` is how long the arrivals of each run go on."""
+
+    seconds: float = 5.0
+    rounds: int = 3
+    ratios: Sequence[float] = RATIOS
+    multiples: Sequence[int] = MULTIPLES
+    systems: Sequence[str] = SYSTEMS
+    popularities: Sequence[str] = tuple(POPULARITIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +58,9 @@ class Outcome:
 
     ttft: list[float]
     adapter_wait: list[float]
+    # Steps without a prompt in them, and all of them.
     decode_steps: list[float]
+    steps: list[float]
     loads: int
     load_seconds: list[float]
     seconds: float
@@ -51,14 +72,15 @@ class Driver:
     def __init__(self, base: Path, adapters: Sequence[Adapter], system: str, bytes_per_second: float) -> None:
         self._adapters = adapters
         self._inbox: engine_main.Inbox = queue.SimpleQueue()
-        adapter_pages = sum(adapter.num_pages for adapter in adapters[:FITTING])
+        fitting = adapters if system == "all-fit" else adapters[:FITTING]
+        adapter_pages = sum(adapter.num_pages for adapter in fitting)
         blocking = system == "slots-lru-blocking"
         loader = type(
             "Throttled", (BlockingLoader if blocking else ThrottledLoader,), {"bytes_per_second": bytes_per_second}
         )
         slots = {"adapter_pages": adapter_pages, "slot_pages": max(adapter.num_pages for adapter in adapters)}
         manager = type("Slots", (LeastRecentSlots,), slots) if blocking else MemoryManager
-        prefetcher = Prefetcher if system == "loraplex" else NoPrefetch
+        prefetcher = Prefetcher if system in ("loraplex", "all-fit") else NoPrefetch
         config = EngineConfig(
             model=base,
             memory=str((adapter_pages + KV_PAGES) * PAGES.page_bytes),
@@ -71,32 +93,41 @@ class Driver:
         ):
             self._engine, _ = engine_main.build(config, self._inbox)
         self._engine.step([engine_pb2.EngineCommand(adapter_fetched=adapter.fetched()) for adapter in adapters])
+        if system == "all-fit":
+            for adapter in adapters:
+                prefetch = engine_pb2.AdapterCommand(tenant="default", adapter_version=adapter.version)
+                self._engine.step([engine_pb2.EngineCommand(memory=engine_pb2.MemoryCommand(prefetch=prefetch))])
         self._epoch = 1
 
-    def run(self, arrivals: Sequence[float], active: int, seed: int) -> Outcome:
-        """`arrivals` in seconds from now on."""
+    def run(self, arrivals: Sequence[float], weights: Sequence[float], seed: int) -> Outcome:
+        """`arrivals` in seconds from now on; a thread of their own brings them, as one does in the engine process."""
         rng = np.random.default_rng(seed)
-        chosen = rng.integers(active, size=len(arrivals))
+        chosen = rng.choice(len(weights), size=len(arrivals), p=np.array(weights) / sum(weights))
         self._epoch += 1
-        first, waited, steps, loads = [0.0] * len(arrivals), [0.0] * len(arrivals), list[float](), list[float]()
-        unfinished, sent, started = len(arrivals), 0, time.perf_counter()
+        offers = [self._offer(index, self._adapters[adapter], rng) for index, adapter in enumerate(chosen.tolist())]
+        first, waited = [0.0] * len(arrivals), [0.0] * len(arrivals)
+        steps, every, loads = list[float](), list[float](), list[float]()
+        unfinished, started = len(arrivals), time.perf_counter()
+        feeder = threading.Thread(target=self._feed, args=(offers, arrivals, started))
+        feeder.start()
         while unfinished:
-            now = time.perf_counter() - started
-            commands: list[Arrival] = []
-            while sent < len(arrivals) and arrivals[sent] <= now:
-                commands.append(self._offer(sent, self._adapters[chosen[sent]], rng))
-                sent += 1
-            if not commands and not self._engine.busy:
-                commands += self._wait(arrivals[sent] - now if sent < len(arrivals) else None)
-            while not self._inbox.empty():
-                commands += self._wait(None)
-            for event in self._engine.step(commands):
+            commands = engine_main.arrivals(self._inbox, wait=not self._engine.busy)
+            begun = time.perf_counter()
+            events = self._engine.step(commands or ())
+            every.append(time.perf_counter() - begun)
+            for event in events:
                 at = time.perf_counter() - started
                 loads += [load.seconds for load in event.step.loads]
                 if event.step.HasField("stats") and not event.step.stats.prefill_tokens:
                     steps.append(event.step.stats.forward_seconds + event.step.stats.sample_seconds)
                 unfinished -= _book(event.step, arrivals, at, first, waited)
-        return Outcome(first, waited, steps, len(loads), loads, time.perf_counter() - started)
+        feeder.join()
+        return Outcome(first, waited, steps, every, len(loads), loads, time.perf_counter() - started)
+
+    def _feed(self, offers: Sequence[engine_pb2.EngineCommand], arrivals: Sequence[float], started: float) -> None:
+        for offer, moment in zip(offers, arrivals, strict=True):
+            time.sleep(max(0.0, started + moment - time.perf_counter()))
+            engine_main.receive(offer, self._inbox, self._engine)
 
     def _offer(self, index: int, adapter: Adapter, rng: np.random.Generator) -> engine_pb2.EngineCommand:
         spec = types_pb2.RequestSpec(
@@ -111,13 +142,6 @@ class Driver:
         command = scheduler_pb2.Command(seq=index + 1, offer=scheduler_pb2.Offer(request=spec, order_key=index))
         batch = scheduler_pb2.CommandBatch(scheduler_epoch=self._epoch, commands=[command])
         return engine_pb2.EngineCommand(scheduler_commands=batch)
-
-    def _wait(self, seconds: float | None) -> list[Arrival]:
-        try:
-            arrival = self._inbox.get(timeout=None if seconds is None else max(0.0, seconds))
-        except queue.Empty:
-            return []
-        return [] if arrival is None else [arrival]
 
 
 def _book(
@@ -137,28 +161,56 @@ def _book(
     return ended
 
 
-def rows(base: Path, adapters: Sequence[Adapter], seconds: float, ratios: Sequence[float]) -> list[dict[str, Any]]:
-    """One row for each ratio, multiple and system. `seconds` is how long each run's arrivals go on."""
+def rows(base: Path, adapters: Sequence[Adapter], options: Options) -> list[dict[str, Any]]:
+    """One row for each ratio, popularity, multiple and system; each run is of the same arrivals."""
     capacity, step = _calibrate(base, adapters)
     median_bytes = float(np.median([adapter.layout.total_bytes for adapter in adapters]))
-    arrivals = _poisson(LOAD * capacity, seconds)
+    arrivals = _poisson(LOAD * capacity, options.seconds)
+    cases = list(product(options.ratios, options.popularities, options.multiples, options.systems))
+    runs: dict[tuple[float, str, int, str], list[Outcome]] = {case: [] for case in cases}
+    # Round after round: what else the machine does meets every case.
+    for seed in range(options.rounds):
+        for ratio, popularity, multiple, system in cases:
+            driver = Driver(base, adapters, system, median_bytes / (ratio * step))
+            weights = POPULARITIES[popularity](FITTING * multiple)
+            # The pool is full of something before anything counts.
+            driver.run([0.0] * (2 * FITTING), weights, seed=7)
+            runs[ratio, popularity, multiple, system].append(driver.run(arrivals, weights, seed=11 + seed))
+    about = {
+        "requests_per_second": round(LOAD * capacity, 1),
+        "capacity_requests_per_second": round(capacity, 1),
+        "decode_step_ms": round(1e3 * step, 3),
+    }
+    return [_row(*case, outcomes) | about for case, outcomes in runs.items()]
+
+
+def capacity_rows(base: Path, adapters: Sequence[Adapter], options: Options) -> list[dict[str, Any]]:
+    """Requests a second when all are there at once: what a multiple costs, whatever the arrivals are."""
+    _, step = _calibrate(base, adapters)
+    median_bytes = float(np.median([adapter.layout.total_bytes for adapter in adapters]))
     found = []
-    for ratio in ratios:
-        for multiple in MULTIPLES:
-            for system in SYSTEMS:
-                driver = Driver(base, adapters, system, median_bytes / (ratio * step))
-                # The pool is full of something before anything counts.
-                driver.run([0.0] * (2 * FITTING), FITTING * multiple, seed=7)
-                outcome = driver.run(arrivals, FITTING * multiple, seed=11)
-                found.append(_row(system, ratio, multiple, outcome, capacity, step))
+    for ratio, multiple in product(options.ratios, options.multiples):
+        driver = Driver(base, adapters, "loraplex", median_bytes / (ratio * step))
+        weights = [1.0] * (FITTING * multiple)
+        driver.run([0.0] * 60, weights, seed=1)
+        rates = [200 / driver.run([0.0] * 200, weights, seed=seed).seconds for seed in (2, 3, 4)]
+        found.append(
+            {
+                "part": "capacity",
+                "load_to_step_ratio": ratio,
+                "multiple": multiple,
+                "requests_per_second": round(float(np.median(rates)), 1),
+                "requests_per_second_runs": [round(rate, 1) for rate in rates],
+            }
+        )
     return found
 
 
 def _calibrate(base: Path, adapters: Sequence[Adapter]) -> tuple[float, float]:
     """Requests a second that the engine answers with what fits, all of them there at once; seconds of a decode step."""
-    driver = Driver(base, adapters, "loraplex", float("inf"))
-    driver.run([0.0] * 100, FITTING, seed=1)
-    outcomes = [driver.run([0.0] * 200, FITTING, seed=seed) for seed in (2, 3, 4)]
+    driver, weights = Driver(base, adapters, "loraplex", float("inf")), [1.0] * FITTING
+    driver.run([0.0] * 100, weights, seed=1)
+    outcomes = [driver.run([0.0] * 200, weights, seed=seed) for seed in (2, 3, 4)]
     capacity = float(np.median([200 / outcome.seconds for outcome in outcomes]))
     return capacity, float(np.median([step for outcome in outcomes for step in outcome.decode_steps]))
 
@@ -168,25 +220,33 @@ def _poisson(rate: float, seconds: float) -> list[float]:
     return [float(moment) for moment in np.cumsum(gaps)]
 
 
-def _row(system: str, ratio: float, multiple: int, outcome: Outcome, capacity: float, step: float) -> dict[str, Any]:
-    def milliseconds(values: Sequence[float], percentile: float) -> float:
-        return round(1e3 * float(np.percentile(values, percentile)), 3) if len(values) else 0.0
+def _row(ratio: float, popularity: str, multiple: int, system: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The median of the runs of each figure, and for the one that counts every run."""
 
+    def milliseconds(values: Callable[[Outcome], Sequence[float]], percentile: float) -> list[float]:
+        own = (values(outcome) or [0.0] for outcome in outcomes)
+        return [round(1e3 * float(np.percentile(seconds, percentile)), 3) for seconds in own]
+
+    def median(values: Sequence[float]) -> float:
+        return round(float(np.median(values)), 3)
+
+    first = milliseconds(lambda outcome: outcome.ttft, 50)
     return {
         "part": "wait",
         "system": system,
+        "popularity": popularity,
         "load_to_step_ratio": ratio,
         "active_adapters": multiple * FITTING,
         "multiple": multiple,
-        "requests": len(outcome.ttft),
-        "requests_per_second": round(LOAD * capacity, 1),
-        "capacity_requests_per_second": round(capacity, 1),
-        "decode_step_ms": round(1e3 * step, 3),
-        "ttft_p50_ms": milliseconds(outcome.ttft, 50),
-        "ttft_p99_ms": milliseconds(outcome.ttft, 99),
-        "adapter_wait_p50_ms": milliseconds(outcome.adapter_wait, 50),
-        "adapter_wait_p90_ms": milliseconds(outcome.adapter_wait, 90),
-        "adapter_wait_seconds": round(sum(outcome.adapter_wait), 3),
-        "loads": outcome.loads,
-        "load_median_ms": milliseconds(outcome.load_seconds, 50),
+        "runs": len(outcomes),
+        "requests": len(outcomes[0].ttft),
+        "ttft_p50_ms": median(first),
+        "ttft_p50_ms_runs": first,
+        "ttft_p99_ms": median(milliseconds(lambda outcome: outcome.ttft, 99)),
+        "adapter_wait_p50_ms": median(milliseconds(lambda outcome: outcome.adapter_wait, 50)),
+        "adapter_wait_p90_ms": median(milliseconds(lambda outcome: outcome.adapter_wait, 90)),
+        "adapter_wait_seconds": median([sum(outcome.adapter_wait) for outcome in outcomes]),
+        "step_mean_ms": median([1e3 * float(np.mean(outcome.steps)) for outcome in outcomes]),
+        "loads": int(np.median([outcome.loads for outcome in outcomes])),
+        "load_median_ms": median(milliseconds(lambda outcome: outcome.load_seconds, 50)),
     }

@@ -54,6 +54,8 @@ class ResidentAdapter(Candidate):
     loading: bool = True
     sequence_pins: int = 0
     operator_pinned: bool = False
+    # Loaded for a request that is not admitted yet, and counted as its demand.
+    foreseen: bool = False
 
     @property
     def num_pages(self) -> int:
@@ -108,10 +110,17 @@ class AdapterCache:
         self._rest(adapter)
         return adapter
 
+    def foresee(self, adapter: ResidentAdapter) -> None:
+        """A request that will use the adapter is on its way: it counts now, and not once more when it is admitted."""
+        self._queue.wanted(adapter)
+        adapter.foreseen = True
+
     def acquire(self, adapter: ResidentAdapter) -> None:
         """One more admitted sequence uses the adapter."""
         adapter.sequence_pins += 1
-        self._queue.wanted(adapter)
+        if not adapter.foreseen:
+            self._queue.wanted(adapter)
+        adapter.foreseen = False
         self._queue.discard(adapter)
 
     def release(self, adapter: ResidentAdapter) -> None:
@@ -151,7 +160,9 @@ class AdapterCache:
         del self._adapters[adapter_version]
         self._queue.discard(adapter)
         self._allocator.free(adapter.pages, adapter.last_step)
-        self._remembered[adapter_version] = adapter.demand, adapter.demand_at
+        # Who was foreseen and comes too late is counted then.
+        demand = max(0.0, adapter.demand - adapter.foreseen)
+        self._remembered[adapter_version] = demand, adapter.demand_at
         if len(self._remembered) > MAX_KNOWN_ADAPTERS:
             self._remembered.popitem(last=False)
         return adapter

@@ -102,7 +102,7 @@ class MemoryManager:
             return False
         if need > self._allocator.num_free and (keep is None or not self._make_room_beside(need, keep)):
             return False
-        self._queue.wanted(self.adapters.add_loading(adapter_version, layout))
+        self.adapters.foresee(self.adapters.add_loading(adapter_version, layout))
         return True
 
     def grow(self, sequence_id: str, num_tokens: int) -> bool:

@@ -1,10 +1,15 @@
 """Adapters climb in the order of the queue, ahead of admission, and hurt nobody on their way."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from tests.gpu_worker.engine_driver import EngineDriver
+from gpu_worker.batch import ForwardBatch
+from gpu_worker.models.decoder import Decoder
+from tests.gpu_worker.engine_driver import EngineDriver, new_offer
 from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
 
 PROMPT = list(range(2, 10))
@@ -147,3 +152,98 @@ def test_changes_of_both_tiers_are_numbered_without_gaps(tiny_checkpoint: Path, 
     driver.run()
     here = {adapter.adapter_version: adapter.tier for adapter in driver.replies[-1].resident}
     assert here == {version: tier for version, tier in tiers.items() if tier != 1}
+
+
+def while_steps_compute(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> None:
+    """Has `call` made whenever the decoder runs."""
+    forward = Decoder.forward
+
+    def computing(decoder: Decoder, batch: ForwardBatch) -> Tensor:
+        call()
+        return forward(decoder, batch)
+
+    monkeypatch.setattr(Decoder, "forward", computing)
+
+
+def in_host_tier(checkpoint: Path, adapters: list[TinyAdapter], number: int, **options: Any) -> EngineDriver:
+    """An engine that has the first adapters on the host, none in pages, and runs a long sequence of the base model."""
+    driver = EngineDriver(checkpoint, adapters, **options)
+    for index in range(number):
+        driver.generate(f"warm{index}", [2], f"a{index}", max_tokens=1)
+        driver.send(memory={"call_id": 1, "evict": {"adapter_version": f"a{index}"}})
+        driver.run()
+    driver.offer("long", [2], max_tokens=60, order_key=0)
+    driver.step()
+    return driver
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_who_comes_while_a_step_computes_finds_the_adapter_there_when_it_is_over(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    driver = in_host_tier(tiny_checkpoint, adapters, 1)
+    if heard:
+        with monkeypatch.context() as patch:
+            while_steps_compute(patch, lambda: driver.engine.foresee([new_offer("s", PROMPT, "a0")]))
+            driver.step()
+        driver.wait_for_load()
+    driver.offer("s", PROMPT, "a0", max_tokens=2)
+    driver.run()
+    assert (driver.ended["s"].usage.load_seconds == 0.0) == heard
+
+
+def test_between_steps_nothing_is_started(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+    driver = in_host_tier(tiny_checkpoint, adapters, 1)
+    driver.engine.foresee([new_offer("s", PROMPT, "a0")])
+    driver.step()
+    assert driver.memory.loading_pages == 0
+
+
+def test_who_comes_while_others_wait_starts_nothing(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = in_host_tier(tiny_checkpoint, adapters, 1, max_sequences=1)
+    driver.offer("first", PROMPT, order_key=1)
+    while_steps_compute(monkeypatch, lambda: driver.engine.foresee([new_offer("s", PROMPT, "a0")]))
+    driver.step()
+    assert driver.memory.loading_pages == 0
+
+
+def test_those_who_come_together_do_not_take_each_others_adapter(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = in_host_tier(tiny_checkpoint, adapters, 4, num_pages=24)
+    for index in range(3):
+        driver.generate(f"again{index}", [2], f"a{index}", max_tokens=1)
+    driver.offer("longer", [2], max_tokens=60, order_key=0)
+    driver.step()
+    # The oldest would go first.
+    offers = [new_offer("s0", PROMPT, "a0"), new_offer("s3", PROMPT, "a3")]
+    with monkeypatch.context() as patch:
+        while_steps_compute(patch, lambda: driver.engine.foresee(offers))
+        driver.step()
+    assert "a0" in resident(driver)
+
+
+def test_tokens_do_not_depend_on_what_is_loaded_while_steps_compute(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool of a few adapters, so that what comes in while a step computes takes what others left."""
+
+    def answers(ahead: int) -> dict[str, list[int]]:
+        driver = in_host_tier(tiny_checkpoint, adapters, 20, num_pages=34, max_sequences=3)
+        comes = iter(range(1000))
+
+        def hear() -> None:
+            number = next(comes)
+            driver.engine.foresee([new_offer("later", PROMPT, f"a{(number + place) % 20}") for place in range(ahead)])
+
+        with monkeypatch.context() as patch:
+            while_steps_compute(patch, hear)
+            for number in range(20):
+                driver.offer(f"s{number}", [*PROMPT, number], f"a{number}", order_key=number + 1)
+                driver.step()
+            driver.run()
+        return driver.tokens
+
+    assert answers(ahead=3) == answers(ahead=0)

@@ -120,6 +120,24 @@ def test_an_adapter_that_comes_back_is_still_known_to_be_wanted(cache: AdapterCa
     assert load(cache, "a").demand == 3.0
 
 
+def test_a_request_that_was_foreseen_counts_once(cache: AdapterCache) -> None:
+    adapter = load(cache, "a")
+    cache.foresee(adapter)
+    assert adapter.demand == 1.0
+    for demand in (1.0, 2.0):
+        cache.acquire(adapter)
+        assert adapter.demand == demand
+
+
+def test_a_request_that_was_foreseen_and_comes_too_late_counts_once(cache: AdapterCache) -> None:
+    cache.foresee(load(cache, "a"))
+    cache.remove("a")
+    adapter = load(cache, "a")
+    assert adapter.demand == 0.0
+    cache.acquire(adapter)
+    assert adapter.demand == 1.0
+
+
 def test_a_used_adapter_is_not_removed(cache: AdapterCache) -> None:
     adapter = load(cache, "a")
     for _ in range(2):

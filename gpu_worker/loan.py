@@ -1,0 +1,54 @@
+"""The engine's state belongs to its thread; while that one only computes, another thread may use it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+
+class Loan:
+    """A lock that its owner gives away for a while: `with loan:` owns, `with loan.lend():` inside lends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Thread that owns; 0 = none.
+        self._owner = 0
+        self._lent = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._owner = 0
+        self._lock.release()
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Inside, the owner touches nothing and others may borrow; on another thread than the owner's it does nothing.
+
+        Its end waits for whoever borrows at that moment.
+        """
+        if self._owner != threading.get_ident():
+            yield
+            return
+        self._lent = True
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            self._lent = False
+
+    def borrow(self, use: Callable[[], None]) -> bool:
+        """Calls `use` when the state is lent just now, and says whether it was. Does not wait for the owner."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if lent := self._lent:
+                use()
+            return lent
+        finally:
+            self._lock.release()

@@ -147,8 +147,9 @@ bench-fairness: install stubs ## What a tenant that floods two workers costs a q
 bench-scrape: install stubs ## Time and size of /metrics when 5,000 adapters were served; one JSON line last (minutes)
 	$(BIN)/python -m benchmarks.scrape $(ARGS)
 
-bench-store: install stubs ## Measure the adapter store; one JSON line last
-	$(BIN)/python -m benchmarks.store
+bench-store: install stubs ## Measure the adapter store, one JSON line last; ARGS='--part transfer' measures a part
+	$(BIN)/python -m benchmarks.store $(ARGS)
+
 bench-memory: install stubs ## Load tiers, prefetch, eviction and pool shares, one JSON line a row; ARGS='--part wait' runs one (20 minutes)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.memory --plot $(ARGS)

@@ -17,7 +17,7 @@ class RedisConfig:
 
     redis: str = option("", help="redis://HOST:PORT/DB, rediss:// or unix://; empty: none")
     redis_prefix: str = option("loraplex", help="what the names of all keys begin with")
-    redis_timeout_seconds: float = option(0.2, help="what a caller waits for Redis at most, for one answer")
+    redis_timeout_seconds: float = option(0.15, help="what a caller waits for Redis at most, for one answer")
     redis_username: str = option("", help="ACL user; empty: the default user")
     redis_password_file: Path | None = option(None, help="file that holds the password of that user")
     redis_tls_ca: Path | None = option(None, help="PEM file of the authority that signed the server's certificate")
@@ -51,7 +51,8 @@ class RedisAddress:
 
     url: str
     prefix: str = "loraplex"
-    timeout_seconds: float = 0.2
+    # With all else a caller of a silent Redis hears of it within 0.2 s.
+    timeout_seconds: float = 0.15
     username: str = ""
     password_file: Path | None = None
     tls_ca: Path | None = None

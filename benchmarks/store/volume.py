@@ -29,20 +29,20 @@ def write_volume(data_dir: Path, num_adapters: int) -> None:
         (data_dir / "journal" / f"{number:020d}").write_text(json.dumps(record))
 
 
-def write_adapter(folder: Path) -> None:
-    """A PEFT folder with an adapter of every module, rank 64, bfloat16: 320 MB of small random weights."""
+def write_adapter(folder: Path, num_layers: int = NUM_LAYERS, lora_rank: int = LORA_RANK) -> None:
+    """A PEFT folder with an adapter of every module, bfloat16: 320 MB of small random weights with rank 64."""
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_RANK, "target_modules": list(MODULES)}
+    config = {"peft_type": "LORA", "r": lora_rank, "lora_alpha": lora_rank, "target_modules": list(MODULES)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     shapes = dict.fromkeys(MODULES, (HIDDEN, HIDDEN))
     shapes |= dict.fromkeys(("gate_proj", "up_proj"), (HIDDEN, INTERMEDIATE)) | {"down_proj": (INTERMEDIATE, HIDDEN)}
     sizes: dict[str, tuple[int, int]] = {}
-    for layer in range(NUM_LAYERS):
+    for layer in range(num_layers):
         for module, (in_features, out_features) in shapes.items():
             group = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             name = f"base_model.model.model.layers.{layer}.{group}.{module}.lora"
-            sizes[f"{name}_A.weight"] = LORA_RANK, in_features
-            sizes[f"{name}_B.weight"] = out_features, LORA_RANK
+            sizes[f"{name}_A.weight"] = lora_rank, in_features
+            sizes[f"{name}_B.weight"] = out_features, lora_rank
     header, offset = {}, 0
     for name, shape in sizes.items():
         end = offset + 2 * shape[0] * shape[1]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from adapter_store.lane import Lane
 from adapter_store.modules import LoraTensors
 from adapter_store.registry import ModuleEffect
-from adapter_store.weights import Array, TensorInfo, is_finite, read_tensor, widen
+from adapter_store.weights import Array, Scratch, TensorInfo, is_finite, read_tensor, widen
 from common.errors import InvalidArgument
 from common.packing import ELEMENT_BYTES, MODULES, ModuleSpec
 
@@ -31,6 +31,7 @@ class MeasuredWeights:
         self._file = file
         self._modules = modules
         self._squares: list[float] = []
+        self._scratch = Scratch(), Scratch()
 
     def __iter__(self) -> Iterator[tuple[ModuleSpec, Array, Array]]:
         """(spec, A `[lora_rank, in_features]`, B `[out_features, lora_rank]`) in the order given.
@@ -56,7 +57,7 @@ class MeasuredWeights:
         return data
 
     def _measure(self, module: LoraTensors, a: Array, b: Array) -> None:
-        square = squared_norm_of_bits(a, b, module.a.dtype)
+        square = squared_norm_of_bits(a, b, module.a.dtype, self._scratch)
         self._squares.append(module.spec.scaling**2 * square)
 
     def _effect(self, module: str) -> ModuleEffect | None:
@@ -81,13 +82,15 @@ class MeasuredWeights:
         )
 
 
-def squared_norm_of_bits(a: Array, b: Array, dtype: str) -> float:
+def squared_norm_of_bits(
+    a: Array, b: Array, dtype: str, scratch: tuple[Scratch, Scratch] | tuple[None, None] = (None, None)
+) -> float:
     """`squared_norm` of tensors as they lie in the file.
 
     Sums of 16-bit values are made in float32, which is off by far less than the values themselves are rounded, and
     again in float64 when float32 does not reach so far.
     """
-    narrow = widen(a, dtype), widen(b, dtype)
+    narrow = widen(a, dtype, scratch[0]), widen(b, dtype, scratch[1])
     if dtype != "float32":
         with np.errstate(over="ignore", invalid="ignore"):
             square = squared_norm(*narrow)

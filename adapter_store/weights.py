@@ -48,6 +48,19 @@ def _refuse(message: str) -> NoReturn:
     raise InvalidArgument("WEIGHTS_INVALID", f"adapter_model.safetensors: {message}")
 
 
+class Scratch:
+    """Memory for float32 values that is used again: fresh pages from the system cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.float32)
+
+    def take(self, count: int) -> npt.NDArray[np.float32]:
+        """So many values `[count]`, whatever they are; those taken before are lost."""
+        if self._values.size < count:
+            self._values = np.empty(count, np.float32)
+        return self._values[:count]
+
+
 def read_header(file: BinaryIO, file_bytes: int) -> list[TensorInfo]:
     """The tensors in order of their place in the file. Raises InvalidArgument; allocates at most the header's limit."""
     prefix = file.read(8)
@@ -89,20 +102,27 @@ def read_tensor(file: BinaryIO, tensor: TensorInfo) -> Array:
     return data.reshape(rows, columns)
 
 
-def widen(data: Array, dtype: str) -> npt.NDArray[np.float32]:
-    """The values of a tensor whose bits are `data`, as float32 `[rows, columns]`."""
+def widen(data: Array, dtype: str, scratch: Scratch | None = None) -> npt.NDArray[np.float32]:
+    """The values of a tensor whose bits are `data`, as float32 `[rows, columns]`; in `scratch`, if there is one and it
+    is needed, until it is used again."""
+    if dtype == "float32":
+        return data.astype(np.float32, copy=False)
+    wide = (scratch or Scratch()).take(data.size).reshape(data.shape)
     if dtype == "bfloat16":
-        return (data.astype(np.uint32) << 16).view(np.float32)
-    return data.astype(np.float32, copy=False)
+        np.left_shift(data, 16, out=wide.view(np.uint32), dtype=np.uint32)
+    else:
+        wide[...] = data
+    return wide
 
 
 def is_finite(data: Array, dtype: str) -> bool:
     """Whether no value of a tensor whose bits are `data` is NaN or infinite.
 
-    Without the sign, the bits of values are in the order of the values, infinity and NaN last: none is widened.
+    Without the sign, the bits of values are in the order of the values, infinity and NaN last. Read as signed integers
+    those of positive values are the largest, read as unsigned ones those of negative values: nothing is copied.
     """
-    bits = data.view(f"<u{data.itemsize}")
-    return bool((bits & _SIGN[dtype] - 1).max() < _INFINITY[dtype])
+    infinity, size = _INFINITY[dtype], data.itemsize
+    return bool(data.view(f"<i{size}").max() < infinity and data.view(f"<u{size}").max() < _SIGN[dtype] | infinity)
 
 
 def _check_metadata(metadata: object) -> None:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 UNIT_BYTES = 128
+# Rows are written in blocks of so many columns: of a transposed matrix these are still in cache when the next row is.
+_BLOCK_COLUMNS = 256
 
 # Canonical order; the index is the module's number in tables on the device.
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -145,9 +147,10 @@ def fill(
 def _write_rows(data: npt.NDArray[np.uint8], start: int, rows: npt.NDArray[np.generic], units: int) -> int:
     """Writes `rows` `[num_rows, features]`, each padded to `units` units; returns the offset after them."""
     end: int = start + rows.shape[0] * units * UNIT_BYTES
-    padded = data[start:end].reshape(rows.shape[0], units * UNIT_BYTES)
-    flat = np.ascontiguousarray(rows).view(np.uint8).reshape(rows.shape[0], -1)
-    padded[:, : flat.shape[1]] = flat
+    padded = data[start:end].view(rows.dtype).reshape(rows.shape[0], -1)
+    for first in range(0, rows.shape[1], _BLOCK_COLUMNS):
+        last = min(first + _BLOCK_COLUMNS, rows.shape[1])
+        padded[:, first:last] = rows[:, first:last]
     return end
 
 

@@ -100,7 +100,7 @@ TARGETS = {
         mutate_header,
         header_seeds,
         frozenset({"weights.py", "strict_json.py"}),
-        frozenset({"read_tensor", "widen"}),
+        frozenset({"read_tensor", "widen", "take", "__init__"}),
     ),
     "config": Target(run_config, mutate_config, config_seeds, frozenset({"peft_config.py", "patterns.py"})),
 }

@@ -128,7 +128,7 @@ class AdapterStoreServicer(adapter_store_pb2_grpc.AdapterStoreServiceServicer):
                     last = offset + len(data) == total_bytes
                     if last and not reader.is_intact():
                         # Without its end nobody takes it for whole.
-                        raise self._store.found_damaged(request.adapter_version, reader.layout)
+                        raise self._store.found_damaged(request.adapter_version)
                     yield pb.FetchWeightsResponse(chunk=pb.FetchWeightsChunk(offset_bytes=offset, data=data))
                     sent_bytes += len(data)
             result = "ok"

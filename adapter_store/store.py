@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from adapter_store.base import ServedBase
@@ -19,7 +19,6 @@ from adapter_store.registry import ABSENT, Alias, Registry, Version, WrongVersio
 from adapter_store.validation import Admitted, admit
 from common.errors import AlreadyExists, Conflict, DataLoss, LoraplexError, NotFound, ResourceExhausted, Unavailable
 from loraplex.v1 import adapter_store_pb2 as pb
-from loraplex.v1 import types_pb2
 
 # How late the bytes of a deleted adapter may go after their grace.
 SWEEP_SECONDS = 30.0
@@ -139,18 +138,20 @@ class AdapterStore:
         if digest in self._damaged:
             raise damaged(version)
         form = Form(dtype or version.dtype, tp_rank, tp_size or 1)
-        if form.is_own(version):
-            return await asyncio.to_thread(open_form, self._blobs, version, form)
-        async with self._deriving:
-            return await asyncio.to_thread(open_form, self._blobs, version, form)
+        try:
+            async with nullcontext() if form.is_own(version) else self._deriving:
+                return await asyncio.to_thread(open_form, self._blobs, version, form)
+        except DataLoss:
+            raise self.found_damaged(digest) from None
 
     def export(self, version: Version) -> Iterator[pb.UploadChunk]:
         """The files as they were uploaded; `next` blocks. Raises DataLoss when they are damaged."""
         return export_chunks(self._blobs, version)
 
-    def found_damaged(self, digest: str, layout: types_pb2.PackedLayout) -> DataLoss:
-        """Bytes just read are not those once written: they are not served again. Returns the error to raise."""
-        _log.error("stored bytes failed their checksum", extra={"adapter_version": digest, "sha256": layout.sha256})
+    def found_damaged(self, digest: str) -> DataLoss:
+        """Bytes just read are not those once written, or are gone: they are not served again, and the next upload
+        mends them. Returns the error to raise."""
+        _log.error("stored bytes are missing or failed their checksum", extra={"adapter_version": digest})
         self._metrics.verify_failures.labels("read").inc()
         self._blobs.drop_derived(digest)
         self._damaged.add(digest)

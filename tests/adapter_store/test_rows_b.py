@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -16,6 +17,7 @@ import adapter_store
 from adapter_store.packed_reader import PackedReader
 from adapter_store.service import StoreService
 from common.channel import connect
+from common.checksum import Checksum
 from common.errors import DataLoss, LoraplexError, ResourceExhausted
 from common.wire import layout_from_proto
 from gpu_worker.blob_cache import BlobCache
@@ -50,7 +52,7 @@ def flip(path: Path, place: int) -> None:
 
 
 async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
-    client: StoreClient, service: StoreService, tmp_path: Path
+    client: StoreClient, service: StoreService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = await put(client, "a")
     replies: asyncio.Queue[engine_pb2.EngineCommand] = asyncio.Queue()
@@ -61,12 +63,19 @@ async def test_b15_a_cold_adapter_of_a_store_that_is_away_fails_fast_and_once(
     fetcher.fetch(needed)
     assert (await replies.get()).HasField("adapter_fetched")
     await service.stop()
+    asked, ask = list[str](), fetcher._ask
+
+    async def seen_ask(needed: engine_pb2.AdapterNeeded) -> engine_pb2.EngineCommand:
+        asked.append(needed.adapter_version)
+        return await ask(needed)
+
+    monkeypatch.setattr(fetcher, "_ask", seen_ask)
     for _ in range(500):
         fetcher.fetch(needed)
     # Ten times the second of the row, which `make bench-store` shows: the machine may be busy.
     failed = (await asyncio.wait_for(replies.get(), timeout=10)).adapter_fetch_failed
     assert failed.error.reason == "ADAPTER_STORE_UNAVAILABLE"
-    assert fetcher._flights == {}
+    assert asked == [version]
     assert replies.empty()
     await fetcher.close()
     cache.close()
@@ -139,6 +148,22 @@ async def test_b16_the_last_chunk_of_damaged_bytes_is_held_back(client: StoreCli
 async def test_b16_another_upload_of_the_bytes_mends_them(client: StoreClient, data_dir: Path) -> None:
     version = await put(client, "a")
     flip(data_dir / "objects" / version / "packed.float32", 9)
+    with pytest.raises(DataLoss):
+        await client.fetch(version)
+    assert await put(client, "a") == version
+    fetched = await client.fetch(version)
+    assert fetched.layout.sha256 == hashlib.sha256(fetched.data.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("spoil", ["cut", "missing", "layout"])
+async def test_b16_another_upload_mends_what_is_not_there(client: StoreClient, data_dir: Path, spoil: str) -> None:
+    version = await put(client, "a")
+    folder = data_dir / "objects" / version
+    if spoil == "cut":
+        flip(folder / "packed.float32", 0)
+        (folder / "packed.float32").write_bytes((folder / "packed.float32").read_bytes()[:-1])
+    else:
+        (folder / ("packed.float32" if spoil == "missing" else "packed.float32.layout")).unlink()
     with pytest.raises(DataLoss):
         await client.fetch(version)
     assert await put(client, "a") == version
@@ -242,6 +267,32 @@ async def test_b17_a_file_swapped_under_a_worker_is_whole_or_refused(
     loader.stop()
     assert not any(wrong)
     assert 0 < sum(map(bool, failures)) < SWAPS
+
+
+async def test_b17_a_file_overwritten_while_a_worker_copies_it_is_refused(
+    client: StoreClient, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, so that even the mapping changes: only bytes verified where they were copied to are the true ones."""
+    version = await put(client, "a")
+    layout = layout_from_proto((await client.fetch(version)).layout)
+    file = tmp_path / "packed"
+    file.write_bytes((data_dir / "objects" / version / "packed.float32").read_bytes())
+    geometry = PageGeometry(num_layers=1, num_kv_heads=1, head_dim=32, element_bytes=4, page_size=4)
+    pages = list(range(geometry.pages_for_bytes(layout.total_bytes)))
+    assert len(pages) > 1
+    pool, update = PagePool(geometry, len(pages), "cpu"), Checksum.update
+
+    def update_and_overwrite(checksum: Checksum, data: Any) -> None:
+        update(checksum, data)
+        with file.open("r+b") as opened:
+            opened.write(bytes(layout.total_bytes))
+
+    monkeypatch.setattr(Checksum, "update", update_and_overwrite)
+    # Page by page, as a large adapter is copied group by group.
+    monkeypatch.setattr("gpu_worker.memory.pool._GROUP_BYTES", 1)
+    blob = MappedFiles().open(file, layout)
+    with pytest.raises(WrongBytesError):
+        blob.copy_to(pool, pages)
 
 
 @pytest.fixture

@@ -65,6 +65,11 @@ def files_in_staging(data_dir: Path) -> list[Path]:
     return [path for staging in data_dir.glob("**/staging") for path in staging.iterdir()]
 
 
+def lose_index(data_dir: Path) -> None:
+    for file in data_dir.glob("adapters.db*"):
+        file.unlink()
+
+
 async def assert_whole(client: StoreClient, adapter_id: str) -> str:
     """The id's version, all of whose bytes are there."""
     adapter = await client.get(adapter_id)
@@ -102,18 +107,23 @@ async def test_a_store_killed_at_a_failpoint_loses_nothing(
         assert {KEPT, MOVED} <= listed.keys() <= {KEPT, MOVED, NEW}
         for found in listed:
             assert await assert_whole(client, found) == listed[found]
+            # The manifest is the truth: what is served is in it, whoever decided it.
+            assert (data_dir / "journal" / f"{(await client.get(found)).sequence:020d}").exists()
         again = await client.upload(adapter_id, make_files(2), replace=True)
         assert again.created == (not done)
         assert await assert_whole(client, adapter_id) == again.adapter.adapter_version
 
 
+@pytest.mark.parametrize("index", ["kept", "lost"])
 async def test_what_a_kill_left_in_objects_is_swept(
-    start_store: StartStore, data_dir: Path, acknowledged: Path
+    start_store: StartStore, data_dir: Path, acknowledged: Path, index: str
 ) -> None:
     shutil.copytree(acknowledged, data_dir)
     before = {path.name for path in (data_dir / "objects").iterdir()}
     await upload_into_a_kill(data_dir, "before-metadata", NEW, {})
     assert len(list((data_dir / "objects").iterdir())) == 3
+    if index == "lost":
+        lose_index(data_dir)
     await start_store()
     assert {path.name for path in (data_dir / "objects").iterdir()} == before
 

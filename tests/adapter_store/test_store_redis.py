@@ -106,7 +106,9 @@ async def test_b11_redis_down_at_run(client: StoreClient, own_redis: RedisServer
 async def test_b12_redis_paused(client: StoreClient, own_redis: RedisServer) -> None:
     adapter = await put(client, "a")
     own_redis.pause()
+    # Removals do not wait for each other before they come to Redis.
     calls = [assert_refused_at_once(client.set_alias(f"b{i}", adapter.adapter_version)) for i in range(5)]
+    calls += [assert_refused_at_once(client.delete("a")) for _ in range(20)]
     await asyncio.gather(*calls)
     await assert_reads_go_on(client, adapter)
     own_redis.resume()

@@ -1,5 +1,7 @@
 """Which adapters resolve, and what happens when the store is asked, changes its mind, or is away."""
 
+from types import SimpleNamespace
+
 import grpc
 import pytest
 
@@ -121,10 +123,21 @@ async def restarted(fleet: Fleet) -> FakeStore:
     return fleet.store
 
 
-async def test_an_unknown_adapter_is_not_asked_for_again_at_once(fleet: Fleet) -> None:
-    for _ in range(5):
+async def test_an_unknown_adapter_is_not_asked_for_again_for_a_second(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("gateway.directory.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for now[0] in (100.0, 100.5, 100.99):
         await failure(fleet.api.Generate(ask(adapter_id="ghost")))
     assert len(fleet.store.asked) == 1
+    # The store has it now, and the watch does not tell.
+    fleet.store.adapters.append(adapter("ghost", sequence=3))
+    now[0] = 101.0
+    call = fleet.api.GenerateStream(ask(adapter_id="ghost"))
+    assert (await fleet.scheduler.submitted()).adapter_version == VERSION
+    assert len(fleet.store.asked) == 2
+    call.cancel()
 
 
 async def test_what_became_known_since_then_is_found(fleet: Fleet) -> None:

@@ -1,7 +1,9 @@
 """`loraplex adapters show|rm|alias|import|export`, and what an import takes from a folder that others made."""
 
+import io
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,30 @@ def test_import_tells_what_was_refused_and_takes_the_rest(
     assert lines[0] == "imported 1, unchanged 0, refused 1"
     assert lines[-2].split() == ["ADAPTER", "REASON", "WHY"]
     assert lines[-1].split()[:2] == ["alpha", "ADAPTER_FILE_MISSING"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_import_shows_a_bar_on_a_terminal_and_takes_it_away(
+    address: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "alpha" / WEIGHTS).unlink()
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    import_tree(tree, address)
+    shown = terminal.getvalue().split("\r\x1b[K")[1:]
+    assert [line.partition("] ")[2] for line in shown[:-1]] == ["0 of 2: alpha", "1 of 2: team-beta"]
+    first, second = (line.partition("]")[0].count("#") for line in shown[:-1])
+    assert 0 == first < second
+    assert shown[-1] == ""
+
+
+def test_import_shows_no_bar_elsewhere(address: str, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_tree(tree, address)
+    assert capsys.readouterr().err == ""
 
 
 def test_import_stops_when_nobody_takes_anything(

@@ -120,7 +120,8 @@ $(CHART): deploy/requirements.txt deploy/layer.py | $(INSTALLED)
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600
 
-bench: install stubs ## Serve workload W with our engine, our fleet and PEFT in turn (40 minutes); ARGS='--help' explains
+bench: install stubs ## A scrape after 5,000 adapters, then workload W with our engine, our fleet and PEFT in turn (45 minutes); ARGS='--help' explains
+	$(BIN)/python -m benchmarks.scrape
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--workloads n8,n64,distinct,one,solo)
 
 bench-full: install stubs ## The same with 1 and 256 adapters and PEFT's other modes (hours)
@@ -144,7 +145,7 @@ bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simu
 bench-fairness: install stubs ## What a tenant that floods two workers costs a quiet one, on the real services (4 minutes)
 	$(BIN)/python -m benchmarks.fairness
 
-bench-scrape: install stubs ## Time and size of /metrics when 5,000 adapters were served; one JSON line last (minutes)
+bench-scrape: install stubs ## The part of `make bench` about /metrics when 5,000 adapters were served (two minutes); ARGS='--adapters 100'
 	$(BIN)/python -m benchmarks.scrape $(ARGS)
 
 bench-store: install stubs ## Measure the adapter store, one JSON line last; ARGS='--part transfer' measures a part

@@ -87,6 +87,7 @@ class WorkerMetrics:
     def _make_adapters(self, make: Instruments) -> None:
         self._resident = make.gauge("loraplex_adapter_resident_count", "Adapters by tier", ("tier",))
         self._resident_bytes = make.gauge("loraplex_adapter_resident_bytes", "Bytes of adapters by tier", ("tier",))
+        self._capacity = make.gauge("loraplex_adapter_capacity_bytes", "What a tier may hold at most", ("tier",))
         self._reloads = make.counter(
             "loraplex_adapter_reloads_within_60s", "Loads of adapters that were evicted less than a minute before"
         )
@@ -158,6 +159,9 @@ class WorkerMetrics:
         self._evictable.set(memory.evictable_pages)
         self._resident_bytes.labels("pages").set(memory.adapter_pages * memory.page_bytes)
         self._resident_bytes.labels("host").set(memory.host_adapter_bytes)
+        self._resident.labels("host").set(memory.host_adapters)
+        self._capacity.labels("pages").set(memory.total_pages * memory.page_bytes)
+        self._capacity.labels("host").set(memory.host_limit_bytes)
 
     def _stats(self, stats: engine_pb2.StepStats) -> None:
         self._batch_size.observe(stats.sequences)

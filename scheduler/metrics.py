@@ -14,6 +14,11 @@ DECISION_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01,
 UNKNOWN_MODEL = "unknown"
 
 
+def active_gauge(registry: CollectorRegistry) -> Gauge:
+    """The one figure that a standby has too."""
+    return Gauge("loraplex_scheduler_active", "1 while this scheduler is the one that decides", registry=registry)
+
+
 class SchedulerMetrics:
     """Gauges of the queue and the fleet, counters and histograms of the decisions, in seconds and tokens."""
 

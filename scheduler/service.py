@@ -4,14 +4,13 @@ import asyncio
 import logging
 import time
 
-from prometheus_client import Gauge
-
 from common.channel import INTERNAL_MESSAGE_BYTES
 from common.server import Server, announce, until_signal
 from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import SchedulerConfig
 from scheduler.dispatcher import Dispatcher
 from scheduler.lease import Lease
+from scheduler.metrics import active_gauge
 from scheduler.servicer import SchedulerServicer
 
 _log = logging.getLogger(__name__)
@@ -33,8 +32,7 @@ class SchedulerService:
             address = config.redis_address
             self._lease = Lease(address.client(), address.prefix, config.lease_seconds)
         self._servicer = SchedulerServicer()
-        text = "1 while this scheduler is the one that decides"
-        self._active = Gauge("loraplex_scheduler_active", text, registry=self.server.registry)
+        self._active = active_gauge(self.server.registry)
         self.working: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

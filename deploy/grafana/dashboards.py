@@ -127,8 +127,19 @@ ADAPTERS = Dashboard(
             "reqps",
             {"{{adapter}}": f"topk(10, {rate(f'{GATEWAY}_requests_by_adapter_total', 'adapter')})"},
         ),
-        Panel("Adapters in pages", "short", {"{{instance}}": f"sum by (instance) ({ADAPTER}_resident_count)"}),
-        Panel("Bytes of adapters by tier", "bytes", {"{{tier}}": f"sum by (tier) ({ADAPTER}_resident_bytes)"}),
+        Panel(
+            "Adapters by tier",
+            "short",
+            {"{{instance}} {{tier}}": f"sum by (instance, tier) ({ADAPTER}_resident_count)"},
+        ),
+        Panel(
+            "Bytes of adapters by tier",
+            "bytes",
+            {
+                "{{tier}}": f"sum by (tier) ({ADAPTER}_resident_bytes)",
+                "{{tier}} at most": f"sum by (tier) ({ADAPTER}_capacity_bytes)",
+            },
+        ),
         Panel(
             "Loads",
             "ops",

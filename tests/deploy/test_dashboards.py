@@ -5,14 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from adapter_store.metrics import RedisMetrics, StoreMetrics
-from common.metrics import LifeMetrics
+from common.call_metrics import CallInterceptor
+from common.metrics import LifeMetrics, new_registry
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
 from gateway.metrics import GatewayMetrics
 from gpu_worker.metrics import WorkerMetrics
-from scheduler.metrics import SchedulerMetrics
+from scheduler.metrics import SchedulerMetrics, active_gauge
+from tests.checkout import read
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
@@ -44,17 +45,29 @@ def test_the_folder_is_beside_its_generator() -> None:
     assert Path("deploy/grafana") == FOLDER.relative_to(FOLDER.parents[1])
 
 
-def test_every_metric_of_ours_has_a_panel() -> None:
-    """The live test finds this out too, minutes later."""
-    registry = CollectorRegistry()
+def names_of_ours() -> set[str]:
+    """As they stand in an exposition, without what a scrape adds to a histogram's name."""
+    registry = new_registry()
     GatewayMetrics(registry)
+    active_gauge(registry)
     SchedulerMetrics(registry, lambda: 0.0)
     WorkerMetrics(registry)
     StoreMetrics(registry)
     RedisMetrics(registry)
     LifeMetrics(registry, None)
-    names = [metric.name for metric in registry.collect() if not metric.name.startswith("vllm:")]
+    CallInterceptor(registry)
+    suffixes = {"counter": "_total", "info": "_info"}
+    found = {metric.name + suffixes.get(metric.type, "") for metric in registry.collect()}
+    return {name for name in found if not name.startswith(("process_", "python_", "vllm:"))}
+
+
+def test_every_metric_of_ours_has_a_panel() -> None:
+    """The live test finds this out too, minutes later."""
+    names = names_of_ours()
     assert len(names) > 50
     expressions = "\n".join(text for board in DASHBOARDS for panel in board.panels for text in panel.queries.values())
-    suffixes = "(_bucket|_sum|_count|_total|_info)?"
-    assert [name for name in names if not re.search(rf"\b{name}{suffixes}(?![\w:])", expressions)] == []
+    assert [name for name in names if not re.search(rf"\b{name}(_bucket|_sum|_count)?(?![\w:])", expressions)] == []
+
+
+def test_the_page_of_metrics_lists_all_of_them_and_no_other() -> None:
+    assert sorted(re.findall(r"(?m)^\| `([\w:]+)` \|", read("docs/metrics.md"))) == sorted(names_of_ours())

@@ -49,13 +49,21 @@ def test_a_load_is_timed_by_rank() -> None:
     assert registry.get_sample_value("loraplex_adapter_load_seconds_sum", {"rank_bucket": "le64"}) == 0.5
 
 
-def test_bytes_by_tier_come_from_pages() -> None:
+@pytest.mark.parametrize(
+    ("name", "pages", "host"),
+    [
+        ("loraplex_adapter_resident_bytes", 300, 7),
+        ("loraplex_adapter_capacity_bytes", 1000, 9),
+        ("loraplex_adapter_resident_count", 1, 2),
+    ],
+)
+def test_each_tier_says_what_it_holds_and_may_hold(name: str, pages: int, host: int) -> None:
     registry = CollectorRegistry()
-    memory = scheduler_pb2.MemoryUsage(total_pages=10, adapter_pages=3, page_bytes=100, host_adapter_bytes=7)
-    report = scheduler_pb2.StepReport(memory=memory)
+    memory = scheduler_pb2.MemoryUsage(total_pages=10, adapter_pages=3, page_bytes=100)
+    memory.host_adapter_bytes, memory.host_limit_bytes, memory.host_adapters = 7, 9, 2
+    report = scheduler_pb2.StepReport(memory=memory, residency=[delta("a", IN)])
     WorkerMetrics(registry).step(engine_pb2.StepResult(report=report), 0.0)
-    shown = [registry.get_sample_value("loraplex_adapter_resident_bytes", {"tier": tier}) for tier in ("pages", "host")]
-    assert shown == [300, 7]
+    assert [registry.get_sample_value(name, {"tier": tier}) for tier in ("pages", "host")] == [pages, host]
 
 
 def test_prefix_hits_are_a_part_of_what_was_looked_up() -> None:

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import ServiceConfig, option
+from common.redis_client import RedisConfig
+from gateway.quotas import Limits
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewayConfig(ServiceConfig):
+class GatewayConfig(RedisConfig, ServiceConfig):
     """The door: checks requests, tokenises them, and streams the answers of the workers."""
 
     scheduler: str = option(help="HOST:PORT of the scheduler")
@@ -26,3 +28,23 @@ class GatewayConfig(ServiceConfig):
     )
     max_adapter_labels: int = option(50, help="adapters that metrics name; the others are counted as _other")
     max_tenant_labels: int = option(100, help="tenants that metrics name; the others are counted as _other")
+    redis: str = option(
+        "", help="redis://HOST:PORT/DB, rediss:// or unix://: gateways share quotas there; empty: each has its own"
+    )
+    tenant_requests_per_minute: int = option(
+        0, help="generate calls that a tenant may start in a minute; 0: any number"
+    )
+    tenant_tokens_per_minute: int = option(
+        0, help="tokens (prompt plus max_tokens) that a tenant may start in a minute; 0: any number"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the option that is out of range."""
+        RedisConfig.__post_init__(self)
+        for name in ("tenant_requests_per_minute", "tenant_tokens_per_minute"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+    @property
+    def quota(self) -> Limits:
+        return Limits(self.tenant_requests_per_minute, self.tenant_tokens_per_minute)

@@ -14,6 +14,7 @@ from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.metrics import GatewayMetrics
 from gateway.prompts import Prompt, context_of, echo_of, read_prompt
+from gateway.quotas import Quotas
 from gateway.readiness import Readiness
 from gateway.requests import Delta, InFlight, RequestTable
 from gateway.scheduler_link import SchedulerLink
@@ -120,6 +121,7 @@ class Generator:
         directory: AdapterDirectory,
         readiness: Readiness,
         peers: Peers,
+        quotas: Quotas,
         max_inflight_requests: int,
         max_buffered_bytes: int,
         max_message_bytes: int,
@@ -128,6 +130,7 @@ class Generator:
         self._directory = directory
         self._readiness = readiness
         self._peers = peers
+        self._quotas = quotas
         self._max_inflight_requests = max_inflight_requests
         self._max_buffered_bytes = max_buffered_bytes
         self._max_message_bytes = max_message_bytes
@@ -142,6 +145,7 @@ class Generator:
         adapter = await self.resolve(caller.tenant, spec.adapter_id, spec.adapter_version)
         prompt = await read_prompt(spec.prompt, tokenizer, adapter.chat_template)
         self._check_prompt(spec, prompt)
+        await self._quotas.take(caller.tenant, len(prompt.token_ids) + spec.stopping.max_tokens * spec.output.n)
         # The worker may have been lost meanwhile.
         self._readiness.check()
         request_spec = self._request_spec(spec, prompt.token_ids, adapter, caller)

@@ -118,6 +118,9 @@ class GatewayMetrics:
         )
         for reason in sorted(set(_REJECTIONS.values())):
             self._rejections.labels(reason)
+        self.quota_fallbacks = Counter(
+            name("quota_fallbacks_total"), "Requests checked by this gateway alone: Redis failed", registry=registry
+        )
         self.stream_buffer = Gauge(name("stream_buffer_bytes"), "What waits for clients to take it", registry=registry)
         self.duplicates = Counter(
             name("duplicate_tokens_dropped_total"), "Tokens that a worker sent twice", registry=registry

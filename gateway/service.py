@@ -13,6 +13,7 @@ from gateway.directory import AdapterDirectory
 from gateway.fleet import Fleet
 from gateway.generation import Generator, Peers
 from gateway.metrics import UNKNOWN_MODEL, GatewayMetrics
+from gateway.quotas import Quotas
 from gateway.readiness import Readiness
 from gateway.requests import RequestTable
 from gateway.scheduler_link import SchedulerLink
@@ -29,7 +30,7 @@ class Gateway:
     """Everything one gateway process holds."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        """Raises ValueError when the tokenizer folder cannot be used."""
+        """Raises ValueError when the tokenizer folder cannot be used, OSError when the file of a password cannot."""
         self._config = config
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -40,6 +41,8 @@ class Gateway:
         self._metrics = GatewayMetrics(
             self.server.registry, max(1, config.max_adapter_labels), max(1, config.max_tenant_labels)
         )
+        redis = config.redis_address if config.redis else None
+        self._quotas = Quotas(config.quota, redis, self._metrics.quota_fallbacks.inc)
         self._store_channel = connect(config.adapter_store)
         self._fleet = Fleet(tokenizer)
         self.table = RequestTable(self._metrics.duplicates.inc, self._metrics.gaps.inc)
@@ -74,6 +77,7 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._workers.stop()
         await self._store_channel.close()
+        await self._quotas.close()
 
     def _register(self) -> None:
         peers = Peers(table=self.table, scheduler=self._scheduler, workers=self._workers, metrics=self._metrics)
@@ -82,6 +86,7 @@ class Gateway:
             directory=self._directory,
             readiness=self._readiness,
             peers=peers,
+            quotas=self._quotas,
             max_inflight_requests=self._config.max_inflight_requests,
             max_buffered_bytes=self._config.max_buffered_bytes,
             max_message_bytes=self._config.max_message_bytes,

@@ -62,6 +62,7 @@ OVERVIEW = Dashboard(
         Panel(
             "Generate calls turned away, by why", "reqps", {"{{reason}}": rate(f"{GATEWAY}_rejections_total", "reason")}
         ),
+        Panel("Quotas that one gateway checked alone", "reqps", {"requests": rate(f"{GATEWAY}_quota_fallbacks_total")}),
         Panel("Time to first token", "s", quantiles(f"{GATEWAY}_time_to_first_token_seconds")),
         Panel(
             "Time to first token, p99, by where the adapter was",

@@ -155,11 +155,11 @@ class Host:
     def _here(self, name: str, text: str, mounts: Mapping[str, Path], key: str = "") -> str:
         """A word of the container in the terms of this host."""
         if key in ("LORAPLEX_PORT", "LORAPLEX_METRICS_PORT"):
-            return str(self._port(name, int(text)))
+            return str(self.port(name, int(text)))
         places = {**mounts, "/app": ROOT}
         pattern = "|".join(re.escape(path) for path in sorted(places, key=len, reverse=True))
         text = re.sub(rf"(?<![\w/.-])({pattern})(?=/|\s|$)", lambda match: str(places[match[1]]), text)
-        text = re.sub(r"(?m)^port (\d+)$", lambda match: f"port {self._port(name, int(match[1]))}", text)
+        text = re.sub(r"(?m)^port (\d+)$", lambda match: f"port {self.port(name, int(match[1]))}", text)
         text = re.sub(
             rf"({RELEASE}-loraplex-[a-z-]+):(\d+)", lambda match: self._address(match[1], int(match[2])), text
         )
@@ -168,15 +168,20 @@ class Host:
     def _address(self, name: str, port: int) -> str:
         if name == _SCHEDULER and port == 50052 and self._has_standby:
             # What the headless service's name resolves to.
-            both = ",".join(f"127.0.0.1:{self._port(pod, port)}" for pod in (name, f"{name}-1"))
+            both = ",".join(f"127.0.0.1:{self.port(pod, port)}" for pod in (name, f"{name}-1"))
             return f"ipv4:{both}"
-        return f"127.0.0.1:{self._port(name, port)}"
+        return f"127.0.0.1:{self.port(name, port)}"
 
     def _own(self, name: str, port: int) -> str:
         return self._address(name, port) if port in _PORTS else f"127.0.0.1:{port}"
 
-    def _port(self, name: str, port: int) -> int:
+    def port(self, name: str, port: int) -> int:
         return self.ports.setdefault((name, port), free_port())
+
+    def password(self) -> str:
+        """Of the bundled Redis."""
+        (secret,) = [manifest for manifest in self.manifests if manifest["kind"] == "Secret"]
+        return str(secret["stringData"]["password"])
 
     def _object(self, kind: str, name: str) -> Manifest:
         (found,) = [m for m in self.manifests if m["kind"] == kind and m["metadata"]["name"] == name]
@@ -184,8 +189,8 @@ class Host:
 
     def _is_ready(self, name: str, probe: Manifest) -> bool:
         if "tcpSocket" in probe:
-            return _listens(self._port(name, 6379))
-        with grpc.insecure_channel(f"127.0.0.1:{self._port(name, probe['grpc']['port'])}") as channel:
+            return _listens(self.port(name, 6379))
+        with grpc.insecure_channel(f"127.0.0.1:{self.port(name, probe['grpc']['port'])}") as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             try:
                 request = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])

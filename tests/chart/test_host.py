@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.chart.host import Host, unprivileged
 from tests.chart.rendering import render
@@ -42,6 +43,15 @@ def test_the_test_pod_uploads_and_generates(host: Host) -> None:
     result = host.run_test()
     assert result.returncode == 0, result.stdout
     assert "'smaerts'" in result.stdout
+
+
+def test_the_gateway_counts_a_tenants_calls_in_redis(host: Host) -> None:
+    """With the rights and the password that were rendered."""
+    with redis.Redis(
+        port=host.port("demo-loraplex-redis", 6379), username="loraplex", password=host.password()
+    ) as client:
+        left = float(client.hget("loraplex:quota:default", "1") or 0)
+    assert 0 < left < 600
 
 
 def test_the_test_pod_fails_on_another_answer(host: Host) -> None:

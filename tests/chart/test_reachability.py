@@ -6,6 +6,7 @@ import pytest
 
 from tests.chart.rendering import Manifest, pod_templates, render
 from tests.chart.value_sets import EVERYTHING, HA, MINIMAL
+from tests.checkout import read
 
 pytestmark = pytest.mark.deploy
 
@@ -23,6 +24,27 @@ CALLS = {
     ("scheduler", "redis"),
     ("test", "gateway"),
 }
+_NAMES = {
+    "workers": "worker",
+    "adapter store": "adapter-store",
+    "redis (for quotas)": "redis",
+    "the `helm test` pod": "test",
+}
+
+
+def documented() -> set[tuple[str, str]]:
+    """The rows of docs/operations.md about pods of the release."""
+    table = read("docs/operations.md").split("| from | to |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = [line.strip("| ").lower().split(" | ") for line in table.splitlines()]
+    calls = {
+        (_NAMES.get(caller, caller), _NAMES.get(called, called))
+        for row in rows
+        for caller in [row[0].split(",")[0]]
+        for called in row[1].split(", ")
+    }
+    return {(caller, called) for caller, called in calls if caller in {*PORTS, "test"}}
+
+
 # Somebody in another namespace: a client of the gateway, a Prometheus, or anybody else.
 STRANGER: dict[str, str] = {}
 
@@ -88,6 +110,10 @@ class Cluster:
     def matrix(self) -> set[tuple[str, str]]:
         ports = [*PORTS.values()]
         return {(a, b) for a in self.pods for b in self.pods if any(self.reaches(a, b, port) for port in ports)}
+
+
+def test_the_table_is_the_documented_one() -> None:
+    assert documented() == CALLS
 
 
 @pytest.mark.parametrize("values", [HA, EVERYTHING], ids=["ha", "everything"])

@@ -25,7 +25,7 @@ GPU: dict[str, Any] = {
 }
 
 HA: dict[str, Any] = {
-    "gateway": {"replicas": 3, "pdb": {"minAvailable": 2}},
+    "gateway": {"replicas": 3, "pdb": {"minAvailable": 2}, "quota": {"requestsPerMinute": 600}},
     "scheduler": {"replicas": 2},
     "adapterStore": {"replicas": 2, "persistence": _CLAIM},
     "redis": {"bundled": {"enabled": True}},
@@ -33,7 +33,10 @@ HA: dict[str, Any] = {
 }
 
 TLS: dict[str, Any] = {
-    "gateway": {"ingress": {"enabled": True, "host": "lora.example", "tlsSecret": "lora-tls", "className": "nginx"}},
+    "gateway": {
+        "quota": {"tokensPerMinute": 100000},
+        "ingress": {"enabled": True, "host": "lora.example", "tlsSecret": "lora-tls", "className": "nginx"},
+    },
     "redis": {
         "external": {
             "url": "rediss://redis.example:6380/0",

@@ -17,7 +17,7 @@ MAX_BASE_MODEL_CHARACTERS = 1024
 MAX_ALPHA = 1e6
 
 # Settings that change what the adapter computes, in words for the message. Null, false and empty mean off.
-_REFUSED = {
+REFUSED_SETTINGS = {
     "use_dora": "DoRA adapters are not supported",
     "modules_to_save": "fully trained modules (modules_to_save) are not supported",
     "trainable_token_indices": "trained tokens (trainable_token_indices) are not supported",
@@ -150,7 +150,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         _refuse("PEFT_TYPE_UNSUPPORTED", f"peft_type is {raw.get('peft_type')!r:.80}; only 'LORA' is supported")
     if raw.get("bias", "none") != "none":
         _refuse("BIAS_UNSUPPORTED", f"bias is {raw['bias']!r:.80}; only 'none' is supported")
-    for key, message in _REFUSED.items():
+    for key, message in REFUSED_SETTINGS.items():
         if raw.get(key):
             _refuse(f"{key.upper()}_UNSUPPORTED", message)
     initialisation = raw.get("init_lora_weights")
@@ -160,7 +160,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             f"init_lora_weights is {initialisation!r:.80}, which changes the base weights too; "
             "save it as plain LoRA (path_initial_model_for_weight_conversion)",
         )
-    for key in raw.keys() - _READ - _IGNORED - _REFUSED.keys():
+    for key in raw.keys() - _READ - _IGNORED - REFUSED_SETTINGS.keys():
         if raw[key]:
             _refuse("SETTING_UNKNOWN", f"the setting {key[:80]!r} is unknown and not off")
 

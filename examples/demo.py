@@ -129,6 +129,14 @@ def summary(streams: Sequence[Stream], distinct: float, seconds: float) -> str:
     return f"{shared}; {each:.1f} tokens/s per stream, {in_all:.1f} tokens/s in all"
 
 
+def problems_of(streams: Sequence[Stream], distinct: float) -> list[str]:
+    """A sentence for each wrong answer, and one for a batch that was not mixed."""
+    problems = [mistake for stream in streams for mistake in stream.mistakes()]
+    if distinct < REQUIRED_DISTINCT_ADAPTERS:
+        problems.append(f"at most {distinct:g} adapters shared a batch, fewer than {REQUIRED_DISTINCT_ADAPTERS}")
+    return problems
+
+
 def run_demo(data_dir: Path) -> list[str]:
     """Prints the answers and the summary; returns what went wrong, in sentences."""
     streams = [Stream(name, name, skill) for name, skill in SKILLS.items()]
@@ -144,10 +152,7 @@ def run_demo(data_dir: Path) -> list[str]:
     print(summary(streams, distinct, seconds))
     if kernel_calls(metrics).get("reference"):
         print("the compiled kernels are not in use, so this ran on plain torch; `make install` with a C++ compiler")
-    problems = [mistake for stream in streams for mistake in stream.mistakes()]
-    if distinct < REQUIRED_DISTINCT_ADAPTERS:
-        problems.append(f"at most {distinct:g} adapters shared a batch, fewer than {REQUIRED_DISTINCT_ADAPTERS}")
-    return problems
+    return problems_of(streams, distinct)
 
 
 def main() -> int:

@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from loraplex.calls import DEFAULT_ADDRESS
@@ -23,6 +26,14 @@ def gateway_option() -> argparse.ArgumentParser:
         help=f"the gateway to talk to [%(default)s; set by {GATEWAY_VARIABLE}]",
     )
     return parser
+
+
+def program() -> str:
+    """What the user types to run this command: its name, or its path where the name alone would not be found."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m loraplex"
+    return called.name if shutil.which(called.name) else shlex.quote(os.path.relpath(called))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraplex.client import Client
-from loraplex.commands.terminal import ProgressLine, one_line, table
+from loraplex.commands.terminal import ProgressLine, one_line, program, table
 from loraplex.errors import LoraplexError, Unavailable
 from loraplex.process import FleetError, sigterm_as_interrupt
 
@@ -133,7 +133,7 @@ def _print_ready(fleet: "Fleet", uploads: Sequence[Upload]) -> None:
     print(f"ready gateway={fleet.gateway.address}")
     loaded = [upload.adapter_id for upload in uploads if upload.loaded]
     adapter = f" --adapter {loaded[0]}" if loaded else ""
-    print(f'try it:   loraplex generate --gateway {fleet.gateway.address}{adapter} "Hello"')
+    print(f'try it:   {program()} generate --gateway {fleet.gateway.address}{adapter} "Hello"')
     print("stop it:  Ctrl-C", flush=True)
 
 

@@ -90,5 +90,18 @@ def weights_path(folder: Path) -> Path:
 @pytest.mark.parametrize("max_step_tokens", [16, 17])
 async def test_chunked_prefill_changes_no_token(tiny: TinyModel, tmp_path: Path, max_step_tokens: int) -> None:
     arguments = ["--max-step-tokens", str(max_step_tokens), "--max-sequences", "16"]
+    arguments += ["--step-log", str(tmp_path / "steps")]
     with running_fleet(tiny.base, tmp_path, tiny.adapters, gpu_worker=arguments) as fleet:
         assert differing(await ask(fleet, tiny.prompts), tiny.answers) == set()
+    steps = [json.loads(line) for line in (tmp_path / "steps").read_text().splitlines()]
+    assert [step["step"] for step in steps] == sorted({step["step"] for step in steps})
+    computed = [step["prefill_tokens"] + step["decode_tokens"] for step in steps]
+    prompts = sum(map(len, tiny.prompts.values()))
+    assert max(computed) == max_step_tokens
+    # Each token is computed once, but for the last of each answer.
+    assert sum(computed) == prompts + len(tiny.prompts) * (NUM_TOKENS - 1)
+    assert sum(step["prefill_chunks"] for step in steps) > len(tiny.prompts)
+    assert {rank for step in steps for rank in step["lora_ranks"]} == {1, 3, 8, 16, 24, 32, 64, 128}
+    assert max(step["distinct_adapters"] for step in steps) > 1
+    assert all(step["context_tokens"] >= tokens for step, tokens in zip(steps, computed, strict=True))
+    assert all(step[f"{phase}_seconds"] > 0 for step in steps for phase in ("schedule", "forward", "sample"))

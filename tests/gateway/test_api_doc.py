@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from adapter_store.peft_config import REFUSED_SETTINGS
 from gateway import chat, validation
 from loraplex.calls import CHANNEL_OPTIONS
 from loraplex.errors import BY_CODE
@@ -16,8 +17,9 @@ DOC = read("docs/api.md")
 PACKAGES = ("adapter_store", "common", "gateway", "gpu_worker", "loraplex", "scheduler")
 # Names of environment variables look like reasons and are none; a single letter is a type code.
 REASON = re.compile(r"(?!LORAPLEX_|GRPC_)[A-Z][A-Z0-9]+(_[A-Z0-9]+)*")
-# Made of a peer's name in common/errors.py.
-COMPOSED = {"ADAPTER_STORE_UNAVAILABLE", "SCHEDULER_UNAVAILABLE"}
+# Made of the name of a peer, of a quota or of a refused setting.
+COMPOSED = {"ADAPTER_STORE_UNAVAILABLE", "SCHEDULER_UNAVAILABLE", "QUOTA_ADAPTERS", "QUOTA_BYTES"}
+COMPOSED |= {f"{setting.upper()}_UNSUPPORTED" for setting in REFUSED_SETTINGS}
 
 
 def reason_of(arguments: list[ast.expr]) -> str | None:
@@ -55,6 +57,12 @@ def documented_reasons() -> set[str]:
 
 def test_every_reason_in_the_code_is_in_the_catalogue() -> None:
     assert sorted(reasons_of_the_tree() - documented_reasons()) == []
+
+
+def test_every_reason_in_the_catalogue_is_in_the_code() -> None:
+    source = "".join(read(path) for package in PACKAGES for path in tree_files(package) if path.suffix == ".py")
+    written = {reason for reason in documented_reasons() if f'"{reason}"' in source}
+    assert sorted(documented_reasons() - written - COMPOSED) == []
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,23 @@
 """The `loraplex` command: what it prints, and its exit codes."""
 
 import json
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 from google.rpc import code_pb2
 
 from loraplex.command import build_parser, main
+from loraplex.commands.terminal import program
 from loraplex.fleet import Fleet
 from loraplex.requests import GenerateOptions
 from tests.loraplex import fakes
 from tests.loraplex.fake_services import is_running, write_model, write_services
 from tests.loraplex.fakes import FakeGateway
 
-COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["status"], ["memory"]]
+COMMANDS = [[], ["up"], ["generate"], ["adapters"], ["status"], ["memory"], ["explain"]]
 COMMANDS += [["adapters", verb] for verb in ("push", "list", "show", "rm", "alias", "import", "export")]
 
 
@@ -30,7 +34,7 @@ def test_help_is_there_for_every_command(command: list[str], capsys: pytest.Capt
     assert " ".join(["usage: loraplex", *command]) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["up", "generate", "adapters", "status", "memory"])
+@pytest.mark.parametrize("command", ["up", "generate", "adapters", "status", "memory", "explain"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -180,6 +184,20 @@ def test_status_asks_the_scheduler_too(address: str, capsys: pytest.CaptureFixtu
     assert worker.split()[:2] == ["worker-0", "ready"]
 
 
+def test_what_to_type_is_found_from_the_users_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "a folder" / "loraplex"
+    script.parent.mkdir()
+    script.touch(mode=0o755)
+    monkeypatch.setattr("sys.argv", [str(script)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.devnull)
+    assert program() == "'a folder/loraplex'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "loraplex"
+    monkeypatch.setattr("sys.argv", ["/somewhere/loraplex/__main__.py"])
+    assert program() == f"{sys.executable} -m loraplex"
+
+
 class TestUp:
     """With fake services, and the scripted gateway behind the address they announce."""
 
@@ -188,6 +206,7 @@ class TestUp:
         services = write_services(tmp_path / "services")
         monkeypatch.setattr("loraplex.fleet.find_services", lambda: services)
         monkeypatch.setenv("FAKE_ADDRESS", address)
+        monkeypatch.setattr("sys.argv", ["/nowhere/bin/loraplex"])
         return ["up", "--model", str(write_model(tmp_path / "model")), "--data-dir", str(tmp_path / "data"), "--port=0"]
 
     @pytest.fixture
@@ -209,7 +228,7 @@ class TestUp:
         assert main(command) == 0
         output = capsys.readouterr().out
         assert f"\nready gateway={address}\n" in output
-        assert f"loraplex generate --gateway {address} " in output
+        assert re.search(rf"\ntry it: +\S*loraplex\S* generate --gateway {address} ", output)
         assert len(pids) == 4
         assert not any(is_running(pid) for pid in pids)
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
-from examples.demo import TOKENS_PER_STREAM, WORDS, Board, Stream, summary
+from examples import demo
+from examples.demo import TOKENS_PER_STREAM, WORDS, Board, Stream, problems_of, summary
 from examples.demo_model.words import SKILLS, copy, is_held_out, reverse, separates_skills
+from tests.loraplex.fake_services import write_services
 
 
 class Terminal(StringIO):
@@ -39,6 +42,23 @@ def test_right_answers_are_no_mistakes(stream: Stream) -> None:
 def test_a_wrong_answer_is_a_sentence(stream: Stream) -> None:
     stream.answers[1] = WORDS[1]
     assert stream.mistakes() == [f"reverse answered {WORDS[1]!r} to {WORDS[1]!r}, not {reverse(WORDS[1])!r}"]
+
+
+def test_a_batch_that_was_not_mixed_is_a_sentence(stream: Stream) -> None:
+    assert problems_of([stream], distinct=6) == []
+    assert problems_of([stream], distinct=5) == ["at most 5 adapters shared a batch, fewer than 6"]
+
+
+def test_an_upload_that_fails_fails_the_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fake services, which say they are ready at an address where nobody answers."""
+    monkeypatch.setattr("loraplex.fleet.find_services", lambda: write_services(tmp_path / "services"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert demo.main() == 1
+    error = capsys.readouterr().err
+    assert "demo failed: UNREACHABLE: nothing answers at 127.0.0.1:1" in error
+    assert f"the logs are in {tmp_path}" in error
 
 
 def test_a_table_that_is_not_on_a_terminal_is_printed_once(stream: Stream) -> None:

@@ -143,7 +143,7 @@ bench-scheduler: install stubs ## Measure the scheduler's decisions with 64 simu
 	$(BIN)/python -m benchmarks.scheduler --plot docs/images/scheduler-growth.svg
 
 bench-fairness: install stubs ## What a tenant that floods two workers costs a quiet one, on the real services (4 minutes)
-	$(BIN)/python -m benchmarks.fairness
+	$(BIN)/python -m benchmarks.fairness $(ARGS)
 
 bench-scrape: install stubs ## The part of `make bench` about /metrics when 5,000 adapters were served (two minutes); ARGS='--adapters 100'
 	$(BIN)/python -m benchmarks.scrape $(ARGS)

@@ -28,6 +28,13 @@ class SchedulerConfig(RedisConfig, ServiceConfig):
     lease_seconds: float = option(3.0, help="how long the active scheduler may be silent before a standby takes over")
     policy: str = _setting("policy", "who goes first", POLICIES)
     tenant_weights: str = option("", help="shares of tenants as NAME=WEIGHT,...; 1 for the others")
+    session_grace_seconds: float = _setting(
+        "session_grace_seconds", "in which a tenant that comes back keeps its place"
+    )
+    preempt_seconds: float = _setting("preempt_seconds", "between two preemptions for a tenant on a worker, at least")
+    preempt_below_share: float = _setting(
+        "preempt_below_share", "part of its share of a worker below which one is made"
+    )
     max_queued_requests: int = _setting("max_queued_requests", "requests queued at once; more are RESOURCE_EXHAUSTED")
     max_queued_tokens: int = _setting("max_queued_tokens", "prompt plus max_tokens of all queued requests at most")
     retry_after_seconds: float = _setting("retry_after_seconds", "the hint in refusals that may be tried again")

@@ -1,11 +1,13 @@
 """`make bench-fairness`: what a tenant that floods two workers costs a quiet one, on the real services.
 
 The flood keeps 200 requests open, far more than two workers run at once. The quiet tenant sends one request after the
-other. Its p90 of the time to the first token is measured five times in each of three ways: beside the flood under
-`fair`; beside the same tenant limited at its source to a few open requests; and beside the flood under `fcfs`, the
-control. The first two take turns on one fleet; a fleet is started for each policy. One JSON line a row, a summary last.
+other. Its p90 of the time to the first token is measured five times in each of four ways: beside the flood under
+`fair`; beside the same tenant limited at its source to a few open requests; and, as controls, beside the flood under
+`fair` without preemption and under `fcfs`. The first two take turns on one fleet; a fleet is started for each set of
+options. One JSON line a row, a summary last. `--only` names the fleets to measure.
 """
 
+import argparse
 import asyncio
 import json
 import random
@@ -38,7 +40,14 @@ WORKER = ["--threads", "1", "--max-sequences", "16"]
 
 def tests_are_green() -> bool:
     """No number is reported of a scheduler that decides wrongly."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/scheduler/test_policies.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/scheduler/test_policies.py",
+        "tests/scheduler/test_shares.py",
+    ]
     return subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False).returncode == 0
 
 
@@ -128,24 +137,32 @@ async def _until_idle(fleet: Fleet) -> None:
             await asyncio.sleep(0.1)
 
 
+# Fleet -> options of its scheduler, and open requests of the flood by what the rows call that.
+PLANS: dict[str, tuple[list[str], dict[str, int]]] = {
+    "fair": ([], {"limited at its source": LIMITED_OPEN, "flood, fair": FLOOD_OPEN}),
+    "no-preemption": (["--preempt-seconds", "1e9"], {"flood, fair without preemption": FLOOD_OPEN}),
+    "fcfs": (["--policy", "fcfs"], {"flood, fcfs": FLOOD_OPEN}),
+}
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PLANS, default=list(PLANS))
+    arguments = parser.parse_args()
     if not tests_are_green():
         print("the policies' tests are red: nothing is reported", file=sys.stderr)
         return 1
     about = {"bench": "fairness", "command": "make bench-fairness", "commit": commit(), **hardware()}
     rows: list[dict[str, Any]] = []
-    plans = {
-        "fair": {"limited at its source": LIMITED_OPEN, "flood, fair": FLOOD_OPEN},
-        "fcfs": {"flood, fcfs": FLOOD_OPEN},
-    }
-    for policy, kinds in plans.items():
+    for name in arguments.only:
+        scheduler_options, kinds = PLANS[name]
         with tempfile.TemporaryDirectory() as folder:
             options = FleetOptions(
                 model=ROOT / "examples" / "demo_model" / "base",
                 data_dir=Path(folder),
                 workers=2,
                 memory="256MiB",
-                extra={"scheduler": ["--policy", policy], "gpu_worker": WORKER},
+                extra={"scheduler": scheduler_options, "gpu_worker": WORKER},
             )
             with Fleet(options) as fleet:
                 rows += asyncio.run(measure(fleet, kinds))

@@ -8,6 +8,7 @@ from scheduler.core.model import Request
 from scheduler.core.rotation import rotate
 from scheduler.core.selection import Selection
 from scheduler.core.settings import Settings
+from scheduler.core.shares import make_room, may_be_below_share
 from scheduler.core.worker import Worker
 
 # Workers and heads looked at after which a round ends and the next follows: it stays short whatever has happened.
@@ -63,12 +64,21 @@ class Rounds:
             order_key = rotate(worker, head, now, self._settings)
             if order_key is not None and head is not None and worker.can_take(head):
                 self._give(head, worker, now, order_key)
+        if self._policy.preempts and line.num_requests and may_be_below_share(worker, self._settings):
+            self._make_room(worker, now)
         # Half of what was looked at last time may have left, or been overtaken, before it is looked at again.
         pushed, removed = worker.prefetched_at
         changes = max(line.num_pushed - pushed, line.num_removed - removed)
         if line.num_requests and changes >= max(1, self._settings.max_prefetches // 2):
             worker.prefetched_at = (line.num_pushed, line.num_removed)
             self._prefetch(worker, line)
+
+    def _make_room(self, worker: Worker, now: float) -> None:
+        """For a tenant that has far less than its share of the worker."""
+        if (found := make_room(worker, now, self._settings)) is not None:
+            request, order_key = found
+            request.order_key = order_key if request.order_key is None else min(request.order_key, order_key)
+            self._give(request, worker, now)
 
     def _help(self, workers: list[Worker], now: float) -> bool:
         """Workers with nothing to do, and those of `workers` with nothing in line, take over from lines that are far

@@ -25,7 +25,7 @@ class Scheduler:
         self.epoch = epoch
         self._clock = Clock(now)
         costs = CostModel()
-        policy = make_policy(settings, costs)
+        policy = make_policy(settings, costs, self._clock)
         self.fleet = Fleet(settings, policy, epoch, self._clock)
         self.life = Lifecycle(settings, epoch, self.fleet, policy, costs)
         self.queue, self.requests = self.life.queue, self.life.requests

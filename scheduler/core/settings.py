@@ -16,6 +16,9 @@ class Settings:
     # Who goes first.
     policy: str = "fair"
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    session_grace_seconds: float = 1.0
+    preempt_seconds: float = 0.05
+    preempt_below_share: float = 0.5
 
     # The queue.
     max_queued_requests: int = 10_000
@@ -66,7 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
-        for name in ("output_quantile", "adapter_step_share", "adapter_pool_share"):
+        for name in ("output_quantile", "adapter_step_share", "adapter_pool_share", "preempt_below_share"):
             self._check(name, 0 < getattr(self, name) <= 1, "above 0 up to 1")
         self._check("spill_ratio", self.spill_ratio >= 1, "at least 1")
         for name in (

@@ -1,5 +1,6 @@
 """One registered worker as the core sees it: what it has, what it was given, and what it could still take."""
 
+import math
 from collections.abc import Iterable
 
 from scheduler.core.commands import Action, Command, Preempt
@@ -60,6 +61,13 @@ class Worker:
         self._prefetched: dict[str, None] = {}
         self._prefixes = PrefixMemory(settings.max_prefix_hashes)
         self._num_sequences = 0
+        # Requests that were told to give their pages back in favour of another tenant, and have not run since; each with
+        # the number of that command. They count as present: what ends is followed by them, not by others.
+        self.displaced: dict[Key, int] = {}
+        # Tenant -> its sequences, those of requests that are rotated out excepted.
+        self.tenants: dict[str, int] = {}
+        # When a request was last preempted for a tenant below its share.
+        self.preempted_at = -math.inf
         # Pages when every sequence reaches its full context, and pages now.
         self._full_pages = 0
         self._held_pages = 0
@@ -183,6 +191,18 @@ class Worker:
             self._misfit = sizes
         return fits
 
+    def fits_instead_of(self, request: Request, other: Request) -> bool:
+        """Whether it has room for the request when the other one, and those displaced before, have given theirs back."""
+        away = {other.key, *self.displaced, *self.rotated}
+        present = [there for key, there in self.requests.items() if key not in away]
+        sequences = [pair for there in (*present, request) for pair in _sequences(there)]
+        if self.draining or self.num_waiting + 1 >= self._settings.max_waiting_requests:
+            return False
+        if len(sequences) > self.capacity.max_sequences:
+            return False
+        pages = self._pages_of_adapters_with(request) + peak_pages(sequences, self.capacity.page_size)
+        return pages <= self.capacity.num_pages
+
     def peak_pages_with(self, request: Request) -> int:
         """Estimated pages at the peak of its requests, those rotated out excepted, and this one."""
         if self._profile is None:
@@ -229,7 +249,12 @@ class Worker:
         self.num_running -= request.state is RequestState.RUNNING
         if self.rotated.pop(request.key, None) is None:
             self._exit(request)
+        self.displaced.pop(request.key, None)
         request.worker_id = ""
+
+    def displace(self, request: Request) -> None:
+        """Tells it to give the request's pages back in favour of a tenant below its share."""
+        self.displaced[request.key] = self.command(Preempt(request.key))
 
     def rotate_out(self, request: Request) -> None:
         """Tells it to give the request's pages back: what it used is for others until it runs again."""
@@ -251,6 +276,8 @@ class Worker:
         request.expected_tokens = expected_tokens
         self.outstanding_tokens += request.remaining_tokens
         self.num_running += request.state is RequestState.RUNNING
+        if request.state is RequestState.RUNNING and self.applied_seq >= self.displaced.get(request.key, math.inf):
+            del self.displaced[request.key]
         preempt_seq = self.rotated.get(request.key)
         if preempt_seq is None:
             self._held_pages += self._pages_held(request) - held_pages
@@ -313,6 +340,9 @@ class Worker:
 
     def _count(self, request: Request, sign: int) -> None:
         self._num_sequences += sign * request.num_outputs
+        self.tenants[request.tenant] = self.tenants.get(request.tenant, 0) + sign * request.num_outputs
+        if not self.tenants[request.tenant]:
+            del self.tenants[request.tenant]
         self._full_pages += sign * self.full_pages(request)
         self._held_pages += sign * self._pages_held(request)
         self._profile = self._misfit = None

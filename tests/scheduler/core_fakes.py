@@ -312,10 +312,11 @@ def simulated_peak(sequences: list[tuple[int, int]], page_size: int) -> int:
 
 
 def estimated_pages(scheduler: Scheduler, worker_id: str) -> int:
-    """The peak of what the worker has, adapters included, by brute force."""
+    """The peak of what the worker has and nobody told to give its pages back, adapters included, by brute force."""
     worker = scheduler.fleet.get(worker_id)
     assert worker is not None
-    present = [request for key, request in worker.requests.items() if key not in worker.rotated]
+    away = {*worker.rotated, *worker.displaced}
+    present = [request for key, request in worker.requests.items() if key not in away]
     pairs = [(request.held_tokens, request.coming_tokens) for request in present]
     adapters = {request.adapter: worker.adapter_pages(request) for request in present}
     peak = simulated_peak(pairs, worker.capacity.page_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from scheduler.core.clock import Clock
 from scheduler.core.commands import Offer
 from scheduler.core.costs import CostModel, StepFacts
 from scheduler.core.ledger import Ledger
@@ -324,6 +325,70 @@ def test_idle_clients_are_forgotten() -> None:
         ledger.charge(client, 1.0)
         ledger.leave(client)
     assert sum(ledger.counter(f"c{index}") > 0 for index in range(10_000)) < 2_000
+
+
+def graced(ago: float, turns: int = 1) -> float:
+    """Service that a client may have before it is where the others are: they had 10 s since it left, `ago` seconds ago.
+
+    Before, it had `turns` short absences in which the others had 10 s each.
+    """
+    clock = Clock(0.0)
+    ledger = Ledger({}, clock, grace_seconds=2.0)
+    ledger.join("others")
+    ledger.queue("others")
+    for turn in range(turns):
+        ledger.join("session")
+        ledger.charge("session", 1.0)
+        ledger.leave("session")
+        ledger.charge("others", 10.0)
+        clock.now += ago if turn == turns - 1 else 1.0
+    ledger.join("session")
+    return ledger.counter("others") - ledger.counter("session")
+
+
+def test_a_client_keeps_its_place_between_the_turns_of_a_session_and_is_lifted_later() -> None:
+    assert graced(ago=1.9) == 2.0
+    assert graced(ago=2.0) == 0.0
+
+
+def test_many_turns_gather_no_more_credit_than_one() -> None:
+    assert graced(ago=1.0, turns=50) == 2.0
+
+
+def test_a_client_that_has_more_than_the_others_keeps_that_place_too() -> None:
+    clock = Clock(0.0)
+    ledger = Ledger({}, clock, grace_seconds=2.0)
+    for client, service in (("others", 1.0), ("session", 5.0)):
+        ledger.join(client)
+        ledger.charge(client, service)
+    ledger.leave("session")
+    ledger.join("session")
+    assert ledger.counter("session") == 6.0
+
+
+@pytest.mark.parametrize(("grace", "expected"), [(1.0, ["q1", "q2", "a2", "a3"]), (0.0, ["q1", "a2", "q2", "a3"])])
+def test_fair_lets_a_tenant_go_on_where_it_was_between_two_turns(grace: float, expected: list[str]) -> None:
+    """Costs: 4.8 ms for each of a's and 2.4 ms for each of q's; q's first turn ends when a has had 4.8 ms.
+
+    Deadlines: with its place kept, q is at 2.4 ms: q1 4.8, q2 7.2, a2 9.6. Lifted to 4.8: q1 7.2, a2 9.6, q2 9.6.
+    """
+    scheduler = make_scheduler(session_grace_seconds=grace)
+    scheduler.register(make_hello(num_pages=10_000, max_sequences=1), 0.0)
+    taken = []
+    for names in (["q0"], ["a1", "a2", "a3"], ["q1", "q2"]):
+        for name in names:
+            tokens = 4 if name[0] == "q" else 8
+            scheduler.submit(request(name, name[0], prompt=tokens, max_tokens=tokens), 0.0)
+        taken.append(_finish_next(scheduler, 0.0))
+    assert taken[:2] == ["q0", "a1"]
+    assert [*taken[2:], *(_finish_next(scheduler, 0.0) for _ in range(3))] == expected
+
+
+def _finish_next(scheduler: Scheduler, now: float) -> str:
+    (offer,) = _offers(scheduler, now)
+    end = Progress(offer.request.key, Ending.FINISHED, generated_tokens=offer.request.max_tokens)
+    scheduler.report("w0", Report(progress=(end,)), now)
+    return offer.request.key.request_id
 
 
 # The model of a step.

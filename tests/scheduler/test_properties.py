@@ -81,10 +81,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             min_size=1,
             max_size=8,
         ),
+        tenant=st.sampled_from(["flood", "flood", "flood", "quiet"]),
     )
-    def submit(self, gateway_id: str, requests: list[tuple[str, int, int, float | None]]) -> None:
+    def submit(self, gateway_id: str, requests: list[tuple[str, int, int, float | None]], tenant: str) -> None:
         for adapter, prompt, max_tokens, patience in requests:
-            key = Key(f"r{len(self.arrival)}", 0, "default")
+            key = Key(f"r{len(self.arrival)}", 0, tenant)
             deadline = None if patience is None else self.now + patience
             self._submit(key, gateway_id, adapter, prompt, max_tokens, deadline)
 
@@ -107,6 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             gateway_id=gateway_id,
             deadline=deadline,
         )
+        request.key = key
         self.scheduler.submit(request, self.now)
         self._pump()
 

@@ -1,6 +1,8 @@
 """Who goes first: one small protocol, and a class for each name of the setting `policy`."""
 
+from scheduler.core.clock import Clock
 from scheduler.core.costs import CostModel
+from scheduler.core.ledger import Ledger
 from scheduler.core.policies.arrival import Cluster, EarlyAbort, FirstCome, LastCome
 from scheduler.core.policies.fair import Fair
 from scheduler.core.policies.protocol import Policy
@@ -8,7 +10,7 @@ from scheduler.core.policies.vtc import VirtualTokenCounter
 from scheduler.core.settings import Settings
 
 
-def make_policy(settings: Settings, costs: CostModel) -> Policy:
+def make_policy(settings: Settings, costs: CostModel, clock: Clock) -> Policy:
     """The policy that the settings name; `costs` is the model of a step that prices service."""
     match settings.policy:
         case "fcfs":
@@ -20,6 +22,6 @@ def make_policy(settings: Settings, costs: CostModel) -> Policy:
         case "cluster":
             return Cluster()
         case "vtc":
-            return VirtualTokenCounter(settings.tenant_weights)
+            return VirtualTokenCounter(Ledger(settings.tenant_weights))
         case _:
-            return Fair(settings.tenant_weights, costs)
+            return Fair(Ledger(settings.tenant_weights, clock, settings.session_grace_seconds), costs)

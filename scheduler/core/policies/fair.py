@@ -1,7 +1,5 @@
 """Two levels of weighted fair queuing in modelled seconds: tenants, then the adapters of each."""
 
-from collections.abc import Mapping
-
 from scheduler.core.costs import CostModel
 from scheduler.core.lazy_heap import Place
 from scheduler.core.ledger import Ledger
@@ -25,9 +23,10 @@ class Fair(Metered):
     """
 
     clusters = True
+    preempts = True
 
-    def __init__(self, weights: Mapping[str, float], costs: CostModel) -> None:
-        super().__init__(weights)
+    def __init__(self, ledger: Ledger, costs: CostModel) -> None:
+        super().__init__(ledger)
         self._costs = costs
         self._adapters: dict[str, Ledger] = {}
 

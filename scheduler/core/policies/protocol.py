@@ -18,6 +18,8 @@ class Policy(Protocol):
 
     # Lanes are adapters, and those that a worker runs already may go first, within bounds.
     clusters: bool
+    # A tenant far below its share of a worker has a request of one above its share preempted.
+    preempts: bool
     # `newest_first` may change while requests are queued.
     reversible: bool
 
@@ -71,6 +73,7 @@ class Unmetered:
     """A policy that counts nothing."""
 
     clusters = False
+    preempts = False
     reversible = False
 
     @property

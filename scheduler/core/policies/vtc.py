@@ -1,7 +1,6 @@
 """The Virtual Token Counter: whoever has had the fewest tokens goes first."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 from scheduler.core.lazy_heap import Place
 from scheduler.core.ledger import Ledger
@@ -16,8 +15,8 @@ OUTPUT_PRICE = 2.0
 class Metered(Unmetered, ABC):
     """Charges a client for its requests, in a ledger of all clients. Subclasses say what service is."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self.ledger = Ledger(weights)
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
 
     def wait_seconds(self, request: Request, line_seconds: float, own_seconds: float) -> float:
         """Its tenant gets its share of the service, and all of it once the others have none left to wait for."""

@@ -61,8 +61,8 @@ class Worker:
         self._prefetched: dict[str, None] = {}
         self._prefixes = PrefixMemory(settings.max_prefix_hashes)
         self._num_sequences = 0
-        # Requests that were told to give their pages back in favour of another tenant, and have not run since; each with
-        # the number of that command. They count as present: what ends is followed by them, not by others.
+        # Requests that were told to give their pages back in favour of another tenant, and have not run since; each
+        # with the number of that command. They count as present: what ends is followed by them, not by others.
         self.displaced: dict[Key, int] = {}
         # Tenant -> its sequences, those of requests that are rotated out excepted.
         self.tenants: dict[str, int] = {}
@@ -192,7 +192,7 @@ class Worker:
         return fits
 
     def fits_instead_of(self, request: Request, other: Request) -> bool:
-        """Whether it has room for the request when the other one, and those displaced before, have given theirs back."""
+        """Whether it has room for the request when the other one, and those displaced before, have made theirs."""
         away = {other.key, *self.displaced, *self.rotated}
         present = [there for key, there in self.requests.items() if key not in away]
         sequences = [pair for there in (*present, request) for pair in _sequences(there)]

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from scheduler.core.clock import Clock
 from scheduler.core.commands import Offer
 from scheduler.core.costs import CostModel, StepFacts
-from scheduler.core.ledger import Ledger
 from scheduler.core.model import Ending, Progress, Report, Request
 from scheduler.core.policies.arrival import EarlyAbort
 from scheduler.core.scheduler import Scheduler
@@ -160,6 +158,31 @@ def test_early_abort_takes_the_newest_while_more_arrives_than_is_admitted() -> N
     assert order(scheduler, *(request(name) for name in "abcd")) == ["d", "a", "b", "c"]
 
 
+@pytest.mark.parametrize(("grace", "expected"), [(1.0, ["q1", "q2", "a2", "a3"]), (0.0, ["q1", "a2", "q2", "a3"])])
+def test_fair_lets_a_tenant_go_on_where_it_was_between_two_turns(grace: float, expected: list[str]) -> None:
+    """Costs: 4.8 ms for each of a's and 2.4 ms for each of q's; q's first turn ends when a has had 4.8 ms.
+
+    Deadlines: with its place kept, q is at 2.4 ms: q1 4.8, q2 7.2, a2 9.6. Lifted to 4.8: q1 7.2, a2 9.6, q2 9.6.
+    """
+    scheduler = make_scheduler(session_grace_seconds=grace)
+    scheduler.register(make_hello(num_pages=10_000, max_sequences=1), 0.0)
+    taken = []
+    for names in (["q0"], ["a1", "a2", "a3"], ["q1", "q2"]):
+        for name in names:
+            tokens = 4 if name[0] == "q" else 8
+            scheduler.submit(request(name, name[0], prompt=tokens, max_tokens=tokens), 0.0)
+        taken.append(_finish_next(scheduler, 0.0))
+    assert taken[:2] == ["q0", "a1"]
+    assert [*taken[2:], *(_finish_next(scheduler, 0.0) for _ in range(3))] == expected
+
+
+def _finish_next(scheduler: Scheduler, now: float) -> str:
+    (offer,) = _offers(scheduler, now)
+    end = Progress(offer.request.key, Ending.FINISHED, generated_tokens=offer.request.max_tokens)
+    scheduler.report("w0", Report(progress=(end,)), now)
+    return offer.request.key.request_id
+
+
 # Fairness over long runs: statement 19 of what a fair scheduler must show.
 
 
@@ -278,117 +301,6 @@ def test_an_estimate_that_was_too_low_is_made_up_for() -> None:
                 loop.submit(tenant, adapter, prompt=4, max_tokens=tokens)
         loop.step()
     assert loop.service["sly"] == pytest.approx(loop.service["plain"], rel=0.1)
-
-
-# The ledger.
-
-
-def test_a_client_that_returns_while_others_only_run_is_lifted_to_them() -> None:
-    """The branch that S-LoRA's code lacks."""
-    ledger = Ledger({})
-    ledger.join("runs")
-    ledger.charge("runs", 10.0)
-    ledger.join("back")
-    assert ledger.counter("back") == 10.0
-
-
-def test_when_nobody_is_there_a_client_is_lifted_to_the_one_that_left_last() -> None:
-    ledger = Ledger({})
-    for client, service in (("first", 3.0), ("last", 7.0)):
-        ledger.join(client)
-        ledger.charge(client, service)
-    ledger.leave("first")
-    ledger.leave("last")
-    ledger.join("first")
-    assert ledger.counter("first") == 10.0
-
-
-def test_credit_is_used_up_before_the_counter_grows_and_is_not_kept_by_the_idle() -> None:
-    ledger = Ledger({"a": 2.0})
-    ledger.join("a")
-    ledger.charge("a", 8.0)
-    ledger.charge("a", -2.0)
-    ledger.charge("a", 3.0)
-    assert ledger.counter("a") == 4.5
-    ledger.charge("a", -2.0)
-    ledger.leave("a")
-    ledger.join("a")
-    ledger.charge("a", 2.0)
-    assert ledger.counter("a") == 5.5
-
-
-def test_idle_clients_are_forgotten() -> None:
-    ledger = Ledger({})
-    for index in range(10_000):
-        client = f"c{index}"
-        ledger.join(client)
-        ledger.charge(client, 1.0)
-        ledger.leave(client)
-    assert sum(ledger.counter(f"c{index}") > 0 for index in range(10_000)) < 2_000
-
-
-def graced(ago: float, turns: int = 1) -> float:
-    """Service that a client may have before it is where the others are: they had 10 s since it left, `ago` seconds ago.
-
-    Before, it had `turns` short absences in which the others had 10 s each.
-    """
-    clock = Clock(0.0)
-    ledger = Ledger({}, clock, grace_seconds=2.0)
-    ledger.join("others")
-    ledger.queue("others")
-    for turn in range(turns):
-        ledger.join("session")
-        ledger.charge("session", 1.0)
-        ledger.leave("session")
-        ledger.charge("others", 10.0)
-        clock.now += ago if turn == turns - 1 else 1.0
-    ledger.join("session")
-    return ledger.counter("others") - ledger.counter("session")
-
-
-def test_a_client_keeps_its_place_between_the_turns_of_a_session_and_is_lifted_later() -> None:
-    assert graced(ago=1.9) == 2.0
-    assert graced(ago=2.0) == 0.0
-
-
-def test_many_turns_gather_no_more_credit_than_one() -> None:
-    assert graced(ago=1.0, turns=50) == 2.0
-
-
-def test_a_client_that_has_more_than_the_others_keeps_that_place_too() -> None:
-    clock = Clock(0.0)
-    ledger = Ledger({}, clock, grace_seconds=2.0)
-    for client, service in (("others", 1.0), ("session", 5.0)):
-        ledger.join(client)
-        ledger.charge(client, service)
-    ledger.leave("session")
-    ledger.join("session")
-    assert ledger.counter("session") == 6.0
-
-
-@pytest.mark.parametrize(("grace", "expected"), [(1.0, ["q1", "q2", "a2", "a3"]), (0.0, ["q1", "a2", "q2", "a3"])])
-def test_fair_lets_a_tenant_go_on_where_it_was_between_two_turns(grace: float, expected: list[str]) -> None:
-    """Costs: 4.8 ms for each of a's and 2.4 ms for each of q's; q's first turn ends when a has had 4.8 ms.
-
-    Deadlines: with its place kept, q is at 2.4 ms: q1 4.8, q2 7.2, a2 9.6. Lifted to 4.8: q1 7.2, a2 9.6, q2 9.6.
-    """
-    scheduler = make_scheduler(session_grace_seconds=grace)
-    scheduler.register(make_hello(num_pages=10_000, max_sequences=1), 0.0)
-    taken = []
-    for names in (["q0"], ["a1", "a2", "a3"], ["q1", "q2"]):
-        for name in names:
-            tokens = 4 if name[0] == "q" else 8
-            scheduler.submit(request(name, name[0], prompt=tokens, max_tokens=tokens), 0.0)
-        taken.append(_finish_next(scheduler, 0.0))
-    assert taken[:2] == ["q0", "a1"]
-    assert [*taken[2:], *(_finish_next(scheduler, 0.0) for _ in range(3))] == expected
-
-
-def _finish_next(scheduler: Scheduler, now: float) -> str:
-    (offer,) = _offers(scheduler, now)
-    end = Progress(offer.request.key, Ending.FINISHED, generated_tokens=offer.request.max_tokens)
-    scheduler.report("w0", Report(progress=(end,)), now)
-    return offer.request.key.request_id
 
 
 # The model of a step.

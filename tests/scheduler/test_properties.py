@@ -161,9 +161,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(worker_id=worker_ids)
     def replay_commands(self, worker_id: str) -> None:
-        """Whatever was applied before is void."""
+        """Whatever was applied before is void. What a broken stream lost does not come again."""
         if worker_id in self.workers:
-            self.workers[worker_id].inbox += self.delivered[worker_id]
+            worker = self.workers[worker_id]
+            worker.inbox += [
+                (epoch, command)
+                for epoch, command in self.delivered[worker_id]
+                if (epoch, command) in worker.inbox or (epoch, command.seq) <= (worker.epoch, worker.applied_seq)
+            ]
 
     @rule(worker_id=worker_ids)
     def register_again(self, worker_id: str) -> None:

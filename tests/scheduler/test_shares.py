@@ -94,7 +94,7 @@ def test_nobody_yields_who_would_have_less_than_its_share() -> None:
 
 @pytest.mark.parametrize(("weight", "yields"), [(1.0, True), (4.0, False)])
 def test_weights_count(weight: float, yields: bool) -> None:
-    """Of six sequences a fifth is q's share beside a tenant of weight 4; one more than half of that would be too many."""
+    """Of six sequences a fifth is q's share beside a tenant of weight 4: one is more than half of that."""
     scheduler = flooded(tenants="ffffff", num_sequences=6, tenant_weights={"f": weight})
     scheduler.submit(of("q", "q1"), 0.0)
     assert names(given(scheduler)) == (["preempt f5", "offer q1"] if yields else [])

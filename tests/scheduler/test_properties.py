@@ -163,12 +163,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def replay_commands(self, worker_id: str) -> None:
         """Whatever was applied before is void. What a broken stream lost does not come again."""
         if worker_id in self.workers:
-            worker = self.workers[worker_id]
+            worker, sent = self.workers[worker_id], self.delivered[worker_id]
             last = worker.epoch, worker.applied_seq
-            again = [
-                sent for sent in self.delivered[worker_id] if sent in worker.inbox or (sent[0], sent[1].seq) <= last
-            ]
-            worker.inbox += again
+            worker.inbox += [each for each in sent if each in worker.inbox or (each[0], each[1].seq) <= last]
 
     @rule(worker_id=worker_ids)
     def register_again(self, worker_id: str) -> None:

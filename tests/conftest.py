@@ -1,6 +1,8 @@
 """What every test shares: repeatable hypothesis, one torch thread, and no skipped test in CI."""
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Generator
 from typing import TypeVar
@@ -19,6 +21,14 @@ settings.register_profile("loraplex", deadline=None, derandomize=True, database=
 settings.load_profile("loraplex")
 
 _Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+
+def pytest_report_header() -> str:
+    """Which Redis the registry's contract is held against."""
+    program = shutil.which("redis-server")
+    if program is None:
+        return "redis-server: none on the PATH"
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def pytest_runtest_setup() -> None:

@@ -34,6 +34,7 @@ from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.models import Decoder, load_model
 from gpu_worker.tier_log import TierLog
+from kernels.cpu.memory import keep_freed_memory, prefer_huge_pages
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
 
     Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
     """
+    keep_freed_memory()
     hf_config = base_model.read_config(config.model)
     _check_device(config)
     model = load_model(config.model, config.dtype, config.device)
@@ -131,7 +133,9 @@ def _pool_bytes(config: EngineConfig, model: Decoder, geometry: PageGeometry) ->
 def _place(config: EngineConfig, model: Decoder, geometry: PageGeometry, num_pages: int) -> tuple[PagePool, Forward]:
     """The pool, and what runs batches whose indices are on the CPU."""
     if config.device == "cpu":
-        return PagePool(geometry, num_pages, "cpu"), model
+        pool = PagePool(geometry, num_pages, "cpu")
+        prefer_huge_pages(pool.bytes)
+        return pool, model
     from gpu_worker.cuda.place import place
     from kernels.gpu.tiles import set_deterministic
 

@@ -208,7 +208,7 @@ def swapping(file: Path, true_bytes: bytes, folder: Path) -> Iterator[None]:
         swapper.join()
 
 
-async def test_b17_a_file_swapped_under_a_reader_is_whole_or_refused(
+async def test_b17_c05_a_file_swapped_under_a_reader_is_whole_or_refused(
     client: StoreClient, service: StoreService, data_dir: Path, tmp_path: Path
 ) -> None:
     version = await put(client, "a")
@@ -231,7 +231,7 @@ async def test_b17_a_file_swapped_under_a_reader_is_whole_or_refused(
     assert 0 < good < SWAPS
 
 
-async def test_b17_a_file_swapped_under_a_worker_is_whole_or_refused(
+async def test_b17_c05_a_file_swapped_under_a_worker_is_whole_or_refused(
     client: StoreClient, data_dir: Path, tmp_path: Path
 ) -> None:
     version = await put(client, "a")
@@ -269,7 +269,7 @@ async def test_b17_a_file_swapped_under_a_worker_is_whole_or_refused(
     assert 0 < sum(map(bool, failures)) < SWAPS
 
 
-async def test_b17_a_file_overwritten_while_a_worker_copies_it_is_refused(
+async def test_b17_c05_a_file_overwritten_while_a_worker_copies_it_is_refused(
     client: StoreClient, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In place, so that even the mapping changes: only bytes verified where they were copied to are the true ones."""

@@ -10,6 +10,20 @@ from kernels.adapters import AdapterTables, Segments
 
 
 @dataclass(frozen=True, slots=True)
+class Feed:
+    """Tokens of a batch that the step before has drawn: only the device knows them."""
+
+    # [num_fed] int64, places in `ForwardBatch.token_ids`
+    rows: Tensor
+    # [num_fed] int64
+    token_ids: Tensor
+
+    def into(self, token_ids: Tensor) -> Tensor:
+        """A copy of `token_ids [num_tokens]` with these in their places."""
+        return token_ids.index_copy(0, self.rows, self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """Tokens of several sequences, decodes and prefill chunks mixed, with everything that a decoder reads or writes.
 
@@ -37,6 +51,8 @@ class ForwardBatch:
     kv_pages: Tensor
     # no sequence has more than one token
     decode_only: bool = False
+    # None = every token is in `token_ids`
+    feed: Feed | None = None
 
 
 class Forward(Protocol):

@@ -14,16 +14,33 @@ from gpu_worker.sequence_index import SequenceIndex
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[start, start + length)` of a sequence, computed in this step."""
+    """Tokens `[start, start + length)` of a sequence, computed in one step.
+
+    What it says stays true while the step is in flight, whatever becomes of the sequence.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    # It ends with the sequence's last token, so the step yields the next one.
+    samples: bool
+    # It ends with a token that the step before draws.
+    ends_pending: bool
+    # Prompt tokens, by place, whose log-probabilities it yields: each is predicted by the token before it.
+    described: range
+    # Preemptions of the sequence until then: with one more, its pages are others.
+    preemptions: int
 
-    @property
-    def samples(self) -> bool:
-        """The chunk ends with the last known token, so the step yields the next one."""
-        return self.start + self.length == self.sequence.num_tokens
+    @classmethod
+    def of(cls, sequence: Sequence, length: int) -> "Chunk":
+        """The next tokens of a sequence."""
+        start = sequence.launched_tokens
+        end, num_tokens = start + length, sequence.num_tokens
+        described = range(0)
+        if sequence.wants_prompt_logprobs and (first := sequence.described_tokens + 1) > start:
+            described = range(first, min(end + 1, len(sequence.prompt_token_ids)))
+        ends_pending = bool(sequence.pending_tokens) and end == num_tokens
+        return cls(sequence, start, length, end == num_tokens, ends_pending, described, sequence.preemptions)
 
 
 @dataclass(slots=True)
@@ -35,6 +52,8 @@ class StepPlan:
     preempted: list[Sequence] = field(default_factory=list)
     # Adapters whose pages were reserved and must now be filled.
     loads: list[str] = field(default_factory=list)
+    # Somebody was left out who may find pages once the step in flight has completed.
+    short: bool = False
 
 
 class Batcher:
@@ -138,13 +157,22 @@ class Batcher:
         """
         self._release(sequence, last_step, returning=True)
         sequence.state = SequenceState.WAITING
-        sequence.computed_tokens = 0
+        sequence.computed_tokens = sequence.launched_tokens = 0
         sequence.preemptions += 1
         insort(self._waiting, (sequence.order_key, sequence.sequence_id))
 
-    def advance(self, chunk: Chunk) -> None:
+    def launch(self, chunk: Chunk) -> None:
+        """The chunk is in a launched step: the next one goes on behind it."""
+        sequence = chunk.sequence
+        sequence.launched_tokens = chunk.start + chunk.length
+        sequence.described_tokens += len(chunk.described)
+        sequence.pending_tokens += chunk.samples
+
+    def complete(self, chunk: Chunk) -> None:
         """The chunk is computed; pages that it filled can be shared."""
         sequence, page_size = chunk.sequence, self._memory.geometry.page_size
+        if sequence.finished or sequence.preemptions != chunk.preemptions:
+            return
         sequence.computed_tokens = chunk.start + chunk.length
         if sequence.computed_tokens // page_size > chunk.start // page_size:
             self._memory.publish(sequence.sequence_id, self._keys(sequence, sequence.computed_tokens))
@@ -156,21 +184,24 @@ class Batcher:
             sequence.state = SequenceState.RUNNING
         return joined
 
-    def plan(self, last_step: int) -> StepPlan:
-        """Decides the next step. `last_step` is the number of the last launched step."""
+    def plan(self, last_step: int, *, in_flight: bool = False) -> StepPlan:
+        """Decides the next step. `last_step` is the number of the last launched step; `in_flight`: it still runs.
+
+        While it runs nobody is preempted: pages that it gives back may suffice.
+        """
         plan = StepPlan()
         self._admit(plan)
-        runnable = [sequence for sequence in self._running.values() if sequence.state is SequenceState.RUNNING]
+        runnable = [sequence for sequence in self._running.values() if _goes_on(sequence)]
         runnable.sort(key=lambda sequence: sequence.order_key)
-        decodes = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens == 1]
-        prefills = [sequence for sequence in runnable if sequence.num_tokens - sequence.computed_tokens > 1]
+        decodes = [sequence for sequence in runnable if sequence.num_tokens - sequence.launched_tokens == 1]
+        prefills = [sequence for sequence in runnable if sequence.num_tokens - sequence.launched_tokens > 1]
         budget = self._step_budget
         for sequence in [*decodes, *prefills]:
             if budget == 0:
                 break
-            length = min(budget, sequence.num_tokens - sequence.computed_tokens)
-            if self._grow(sequence, sequence.computed_tokens + length, plan, last_step):
-                plan.chunks.append(Chunk(sequence, sequence.computed_tokens, length))
+            length = min(budget, sequence.num_tokens - sequence.launched_tokens)
+            if self._grow(sequence, sequence.launched_tokens + length, plan, last_step, in_flight):
+                plan.chunks.append(Chunk.of(sequence, length))
                 budget -= length
         preempted = {sequence.sequence_id for sequence in plan.preempted}
         plan.chunks = [chunk for chunk in plan.chunks if chunk.sequence.sequence_id not in preempted]
@@ -197,7 +228,7 @@ class Batcher:
                 return
             if not self._memory.admit(sequence.sequence_id, tokens, sequence.adapter_version, layout, keys):
                 return
-            sequence.computed_tokens = cached
+            sequence.computed_tokens = sequence.launched_tokens = cached
             if not sequence.preemptions:
                 sequence.cached_tokens = min(cached, len(sequence.prompt_token_ids))
             if layout and resident is None:
@@ -217,14 +248,17 @@ class Batcher:
         yields = adapter is None or adapter.evictable
         taken = memory.geometry.pages_for_bytes(layout.total_bytes) if layout and yields else 0
         counts = memory.counts()
-        num_pages = counts.kv + counts.free + memory.evictable_pages - taken
+        num_pages = counts.kv + counts.free + counts.quarantined + memory.evictable_pages - taken
         return self._headroom.suffices([sequence, *self._running.values()], num_pages)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan, last_step: int) -> bool:
+    def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan, last_step: int, in_flight: bool) -> bool:
         """Makes room for `num_tokens`, preempting from the largest order_key down to this sequence if it must."""
         if sequence.state is not SequenceState.RUNNING:
             return False
         while not self._memory.grow(sequence.sequence_id, num_tokens):
+            if in_flight:
+                plan.short = True
+                return False
             victim = max(self._running.values(), key=lambda running: (running.order_key, running.output_index))
             self.preempt(victim, last_step)
             self._headroom.preempted()
@@ -251,3 +285,9 @@ class Batcher:
 def _prompt_computed(source: Sequence | None) -> bool:
     """Output 0 has the prompt in pages, so the others can share them."""
     return source is not None and source.computed_tokens >= len(source.prompt_token_ids)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """It may be in the next step: the token that a step in flight draws is not its last one."""
+    ends = bool(sequence.pending_tokens) and sequence.is_full(sequence.num_output_tokens)
+    return sequence.state is SequenceState.RUNNING and not ends

@@ -148,7 +148,7 @@ class CommandProcessor:
         if self._outputs(offer.request.key):
             return
         self._revoked.pop(attempt_id(offer.request.key), None)
-        outputs = to_sequences(offer, self._eos_token_ids)
+        outputs = to_sequences(offer, self._eos_token_ids, self._limits.max_context_tokens)
         first = outputs[0]
         first.timings.offered = time.monotonic()
         # A newer attempt fences the older ones, in whatever order they come.

@@ -16,7 +16,7 @@ def attempt_id(key: types_pb2.RequestKey) -> str:
     return f"{key.tenant}/{key.request_id}/{key.attempt}"
 
 
-def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[Sequence]:
+def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int], max_context_tokens: int) -> list[Sequence]:
     """The outputs of an offered request, all waiting for their first pages."""
     request = offer.request
     stops = set(request.stopping.stop_token_ids)
@@ -36,6 +36,7 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int]) -> list[
             num_delivered=len(request.delivered_token_ids),
             sampling=_sampling(request, index),
             stopping=stopping,
+            max_context_tokens=max_context_tokens,
             adapter_version=request.adapter_version,
             # Without a salt nothing would keep tenants apart.
             isolation_salt=request.isolation_salt or request.key.tenant,

@@ -1,7 +1,7 @@
 """The engine: one thread that applies commands, places pages, runs a batch and reports, step after step."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from common.errors import FailedPrecondition
@@ -12,10 +12,11 @@ from gpu_worker.host_tier import HostTier
 from gpu_worker.loader import Loader
 from gpu_worker.loan import Loan
 from gpu_worker.memory.manager import MemoryManager
-from gpu_worker.model_runner import ModelRunner, StepOutput
+from gpu_worker.model_runner import ModelRunner
 from gpu_worker.outbox import Outbox
 from gpu_worker.prefetch import Prefetcher
 from gpu_worker.sequence import Sequence, SequenceState
+from gpu_worker.step_output import StepOutput
 from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
@@ -36,8 +37,23 @@ class EngineLimits:
     eos_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched step whose output nobody has handled."""
+
+    number: int
+    plan: StepPlan
+    output: Callable[[], StepOutput]
+    launched: float
+    schedule_seconds: float
+
+
 class Engine:
-    """Sequences in, tokens out. Every method runs on the engine's thread."""
+    """Sequences in, tokens out. Every method runs on the engine's thread.
+
+    With `overlap` the output of a step is handled while the next one runs. That one is planned by counts, which are
+    known; a sequence that turns out to have ended has computed one token too many in it, which nobody gets.
+    """
 
     def __init__(
         self,
@@ -47,14 +63,16 @@ class Engine:
         host: HostTier,
         limits: EngineLimits,
         loan: Loan,
+        *,
+        overlap: bool = False,
     ) -> None:
-        """`loan` is lent while the runner computes."""
+        """`loan` is lent while a step is computed or waited for."""
         self._runner = runner
         self._memory = memory
         self._loader = loader
         self._host = host
-        self._limits = limits
         self._loan = loan
+        self._overlap = overlap
         self._outbox = Outbox()
         self._batcher = Batcher(
             memory, self._layout, max_step_tokens=limits.max_step_tokens, max_sequences=limits.max_sequences
@@ -72,8 +90,12 @@ class Engine:
             max_context_tokens=limits.max_context_tokens,
             vocab_size=limits.vocab_size,
         )
-        # Number of the last launched step.
+        # Number of the last launched step; the one whose output is not handled yet.
         self._step = 0
+        self._flight: _Flight | None = None
+        # The last plan left somebody out who may find pages when nothing is in flight.
+        self._short = False
+        self._handled_at = 0.0
         # Prompt tokens looked up in the prefix cache, and found there, since the last step's statistics.
         self._prefix_queries = self._prefix_hits = 0
         # What the last step took; None when there was nothing to run.
@@ -84,7 +106,8 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Another step can make progress without anything arriving."""
-        return self._moved and self._batcher.num_running + self._batcher.num_waiting > 0
+        unfinished = self._batcher.num_running + self._batcher.num_waiting > 0
+        return self._flight is not None or (self._moved and unfinished)
 
     def warm_up(self) -> None:
         """Runs a prefill and a decode, so that the first request does not pay for lazy initialisation."""
@@ -107,10 +130,10 @@ class Engine:
         self._memory.check_integrity()
 
     def step(self, arrivals: Iterable[Arrival]) -> list[engine_pb2.EngineEvent]:
-        """Applies what has arrived, runs one batch, and says what changed. Waits for nobody."""
+        """Applies what has arrived, launches a batch, and says what changed. Waits for nothing but a batch."""
         with self._loan:
             events = self._commands.apply(arrivals, self._step)
-            stats = self._run_batch()
+            stats = self._turn()
             return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
 
     def foresee(self, offers: Iterable[scheduler_pb2.Offer]) -> None:
@@ -121,39 +144,65 @@ class Engine:
         versions = [offer.request.adapter_version for offer in offers]
         self._loan.borrow(lambda: self._load(self._prefetcher.early(versions)))
 
+    def _turn(self) -> engine_pb2.StepStats | None:
+        """Launches a step and handles one: the one before, or the same."""
+        self._costs = stats = None
+        before = self._flight
+        if before and self._short:
+            stats, before = self._handle(before), None
+        self._flight = None
+        self._flight = self._launch(in_flight=before is not None)
+        if before:
+            stats = self._handle(before)
+        if self._flight and not self._overlap:
+            stats, self._flight = self._handle(self._flight), None
+        self._moved |= stats is not None
+        return stats
+
     def _layout(self, adapter_version: str) -> PackedLayout | None:
         """Of an adapter that can be admitted: it is in pages, or in the host tier."""
         resident = self._memory.adapters.get(adapter_version)
         return resident.layout if resident else self._host.layout(adapter_version)
 
-    def _run_batch(self) -> engine_pb2.StepStats | None:
+    def _launch(self, *, in_flight: bool) -> _Flight | None:
+        """Plans a step and starts it; None when there is nothing to run."""
         started = time.perf_counter()
-        self._costs = None
-        plan = self._batcher.plan(self._step)
-        self._moved = bool(plan.chunks or plan.admitted or plan.preempted)
+        plan = self._batcher.plan(self._step, in_flight=in_flight)
+        self._moved, self._short = bool(plan.chunks or plan.admitted or plan.preempted), plan.short
         self._announce(plan)
         if not plan.chunks:
             return None
         self._step += 1
         planned = time.perf_counter()
-        output = self._runner.run(plan.chunks, self._step)
-        self._memory.complete(self._step)
-        stats = self._stats(plan, output, planned - started)
+        output = self._runner.launch(plan.chunks, self._step)
+        for chunk in plan.chunks:
+            self._batcher.launch(chunk)
+        return _Flight(self._step, plan, output, started, planned - started)
+
+    def _handle(self, flight: _Flight) -> engine_pb2.StepStats:
+        """Waits for a step and hands its tokens out."""
+        with self._loan.lend():
+            output = flight.output()
+        self._memory.complete(flight.number)
+        stats = self._stats(flight, output)
         if stats.prefill_tokens:
             share = stats.prefill_tokens / (stats.prefill_tokens + stats.decode_tokens)
             self._memory.costs.prefilled(stats.prefill_tokens, output.forward_seconds * share)
-        for chunk in plan.chunks:
+        for chunk in flight.plan.chunks:
             self._advance(chunk, output)
-        if self._step % PROGRESS_STEPS == 0:
+        if flight.number % PROGRESS_STEPS == 0:
             for sequence in self._batcher.running:
                 self._outbox.changed(sequence)
+        now = time.perf_counter()
         self._costs = scheduler_pb2.StepCosts(
             steps=1,
-            seconds=time.perf_counter() - started,
+            # Steps that overlap share their time out.
+            seconds=now - max(flight.launched, self._handled_at),
             prefill_tokens=stats.prefill_tokens,
             decode_tokens=stats.decode_tokens,
             distinct_adapters=stats.distinct_adapters,
         )
+        self._handled_at = now
         return stats
 
     def _announce(self, plan: StepPlan) -> None:
@@ -184,7 +233,11 @@ class Engine:
     def _advance(self, chunk: Chunk, output: StepOutput) -> None:
         """Books a computed chunk; a sequence that got a token may have ended with it."""
         sequence = chunk.sequence
-        self._batcher.advance(chunk)
+        if sequence.finished:
+            # It ended while the step was in flight.
+            return
+        self._batcher.complete(chunk)
+        sequence.pending_tokens -= chunk.samples
         sequence.prompt_logprobs.extend(output.prompt_logprobs.get(sequence.sequence_id, ()))
         draw = output.draws.get(sequence.sequence_id)
         if draw is None:
@@ -210,11 +263,12 @@ class Engine:
         stopping, num_output = sequence.stopping, len(sequence.output_token_ids)
         if token in stopping.stop_token_ids and num_output > stopping.min_tokens:
             return types_pb2.FINISH_REASON_STOP
-        if num_output >= stopping.max_tokens or sequence.num_tokens >= self._limits.max_context_tokens:
+        if sequence.is_full(num_output):
             return types_pb2.FINISH_REASON_LENGTH
         return types_pb2.FINISH_REASON_UNSPECIFIED
 
-    def _stats(self, plan: StepPlan, output: StepOutput, schedule_seconds: float) -> engine_pb2.StepStats:
+    def _stats(self, flight: _Flight, output: StepOutput) -> engine_pb2.StepStats:
+        plan = flight.plan
         prefills = [chunk for chunk in plan.chunks if not (chunk.samples and chunk.length == 1)]
         prefill_tokens = sum(chunk.length for chunk in prefills)
         queries, hits, self._prefix_queries, self._prefix_hits = self._prefix_queries, self._prefix_hits, 0, 0
@@ -227,7 +281,7 @@ class Engine:
             distinct_adapters=output.distinct_adapters,
             lora_ranks=output.lora_ranks,
             prefill_chunks=len(prefills),
-            schedule_seconds=schedule_seconds,
+            schedule_seconds=flight.schedule_seconds,
             forward_seconds=output.forward_seconds,
             sample_seconds=output.sample_seconds,
             context_tokens=sum(chunk.start + chunk.length for chunk in plan.chunks),

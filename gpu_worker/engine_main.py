@@ -2,13 +2,13 @@
 
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NoReturn
 
 import torch
@@ -31,14 +31,14 @@ from gpu_worker.loan import Loan
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
-from gpu_worker.model_runner import ModelRunner
+from gpu_worker.model_runner import ModelRunner, Queue, at_once
 from gpu_worker.models import Decoder, load_model
 from gpu_worker.tier_log import TierLog
 from kernels.cpu.memory import keep_freed_memory, prefer_huge_pages
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
-Inbox = queue.SimpleQueue[Arrival | None]
+Inbox = SimpleQueue[Arrival | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,12 @@ class Lending:
             return self._forward.forward(batch)
 
 
-def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.EngineReady]:
+def build(
+    config: EngineConfig, inbox: Inbox, *, overlap: bool | None = None, queue: Queue = at_once
+) -> tuple[Engine, engine_pb2.EngineReady]:
     """Loads the model, sizes the pool, and warms up.
 
+    overlap: handle a step while the next one runs; None = where a device runs it. queue: where steps run.
     Raises ValueError or OSError with a sentence when the checkpoint or the options are no good.
     """
     keep_freed_memory()
@@ -90,8 +93,9 @@ def build(config: EngineConfig, inbox: Inbox) -> tuple[Engine, engine_pb2.Engine
     host_bytes = parse_bytes(config.host_memory)
     host = HostTier(geometry, num_pages, sizes.module_shapes, _storage(config, geometry, host_bytes), host_bytes)
     loan = Loan()
-    runner = ModelRunner(Lending(forward, loan), memory, pool, "cpu")
-    engine = Engine(runner, memory, Loader(pool, inbox.put), host, limits, loan)
+    runner = ModelRunner(Lending(forward, loan), memory, pool, "cpu", sizes.vocab_size, queue)
+    overlaps = config.device == "cuda" if overlap is None else overlap
+    engine = Engine(runner, memory, Loader(pool, inbox.put), host, limits, loan, overlap=overlaps)
     engine.warm_up()
     dtype = dtype_to_proto(str(model.dtype).removeprefix("torch."))
     return engine, engine_pb2.EngineReady(
@@ -213,7 +217,7 @@ def main() -> None:
     # A Ctrl-C in the terminal is for the face, which finishes its streams first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = socket.socket(fileno=config.pipe)
-    inbox: Inbox = queue.SimpleQueue()
+    inbox: Inbox = SimpleQueue()
     try:
         engine, ready = build(config, inbox)
     except (OSError, ValueError) as problem:

@@ -27,11 +27,11 @@ class Loan:
 
     @contextmanager
     def lend(self) -> Iterator[None]:
-        """Inside, the owner touches nothing and others may borrow; on another thread than the owner's it does nothing.
+        """Inside, the owner touches nothing and others may borrow; does nothing on another thread, or while it is lent.
 
         Its end waits for whoever borrows at that moment.
         """
-        if self._owner != threading.get_ident():
+        if self._owner != threading.get_ident() or self._lent:
             yield
             return
         self._lent = True

@@ -1,20 +1,26 @@
-"""From a step plan to tokens: builds the forward batch once with numpy, runs the decoder, samples."""
+"""From a step plan to tokens: builds the forward batch once with numpy, runs the decoder, samples.
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+A step is launched, and its output is read later. On a GPU it runs meanwhile; the tokens that it draws stay there and
+are inputs of the next step before anybody here has seen them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.batch import Forward, ForwardBatch
+from gpu_worker.batch import Feed, Forward, ForwardBatch
 from gpu_worker.batching import Chunk
+from gpu_worker.logprobs import describe
 from gpu_worker.memory.adapter_cache import ResidentAdapter
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
-from gpu_worker.sampler import Draw, sample, token_logprobs
-from gpu_worker.sequence import TokenLogprobs
+from gpu_worker.sampler import SamplingPlan, plan
+from gpu_worker.step_output import Mark, StepOutput, StepTensors, Wanted
+from gpu_worker.transfer import Download, upload
 from kernels import dispatch
 from kernels.adapters import ADAPTER_DTYPES, AdapterTables, Segments
 
@@ -22,60 +28,76 @@ _DTYPE_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in enume
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Tokens drawn in a step and the seconds its phases took."""
+class _Job:
+    """A step, as far as it is known when it is launched."""
 
-    # sequence id -> token
-    draws: dict[str, Draw]
-    # sequence id -> log-probabilities of the prompt tokens that this step's prompt chunk predicts
-    prompt_logprobs: dict[str, list[TokenLogprobs]]
-    # the base model counts as one
-    distinct_adapters: int
-    # largest rank of each adapter in the batch
-    lora_ranks: list[int]
-    # operations of the forward pass, by the backend that ran them
-    backend_calls: dict[str, int]
-    forward_seconds: float
-    sample_seconds: float
+    batch: ForwardBatch
+    wanted: Wanted
+    sampling: SamplingPlan
+    start: Mark
+    # Places in the batch's tokens that hold a token of the step before, and its row there.
+    fed_rows: npt.NDArray[np.int64]
+    fed_from: npt.NDArray[np.int64]
+    # [num_draws] row of the step before that draws a token of the same sequence, -1 = none
+    pending_from: npt.NDArray[np.int64]
+
+
+class Queue(Protocol):
+    """Where steps run, one behind the other."""
+
+    def __call__(self, job: Callable[[], StepTensors], /) -> Callable[[], StepTensors]:
+        """Starts a job, or runs it; what it returns waits for the job's result."""
+
+
+def at_once(job: Callable[[], StepTensors]) -> Callable[[], StepTensors]:
+    """Runs the job here. On a GPU that is: launches it."""
+    result = job()
+    return lambda: result
 
 
 class ModelRunner:
-    """Runs one batch at a time; `device` is where `model` wants the indices of a batch."""
+    """Launches one batch behind the other; `device` is where `model` wants the indices of a batch."""
 
-    def __init__(self, model: Forward, memory: MemoryManager, pool: PagePool, device: str) -> None:
+    def __init__(
+        self,
+        model: Forward,
+        memory: MemoryManager,
+        pool: PagePool,
+        device: str,
+        vocab_size: int,
+        queue: Queue = at_once,
+    ) -> None:
         self._model = model
         self._memory = memory
         self._pool = pool
         self._device = device
+        self._vocab_size = vocab_size
+        self._queue = queue
         self._kv_pages = pool.kv_pages(model.dtype)
         # The last batch's tables; consecutive steps mostly run the same adapters.
         self._tables_key: tuple[int, ...] = ()
         self._tables: AdapterTables | None = None
         # The largest rank of each of its adapters.
         self._lora_ranks: list[int] = []
+        # What the last launched step draws: rows by sequence id.
+        self._rows: dict[str, int] = {}
+        # The tokens that the last step drew, on the device; for the jobs.
+        self._drawn: torch.Tensor | None = None
 
-    def run(self, chunks: Sequence[Chunk], step: int) -> StepOutput:
-        """Computes `chunks`, writes their KV, and draws a token for each chunk that ends its sequence."""
-        started = time.perf_counter()
+    def launch(self, chunks: Sequence[Chunk], step: int) -> Callable[[], StepOutput]:
+        """Starts to compute `chunks`, which writes their KV and draws a token for each chunk that ends its sequence.
+
+        The result waits for the step and reads its output; nothing else waits.
+        """
+        start = Mark(self._pool.bytes.device)
         versions = sorted({chunk.sequence.adapter_version for chunk in chunks})
         # Tokens of one adapter are one segment: each distinct adapter is read once.
         ordered = sorted(chunks, key=lambda chunk: chunk.sequence.adapter_version)
         adapters = [self._resident(version, step) for version in versions if version]
-        batch = self._build(ordered, versions, adapters)
-        before = dispatch.calls_by_backend()
-        with torch.inference_mode():
-            logits = self._model.forward(batch)
-            forwarded = time.perf_counter()
-            draws, prompt_logprobs = self._read(logits, ordered)
-        return StepOutput(
-            draws,
-            prompt_logprobs,
-            distinct_adapters=len(versions),
-            lora_ranks=self._lora_ranks if adapters else [],
-            backend_calls={name: calls - before[name] for name, calls in dispatch.calls_by_backend().items()},
-            forward_seconds=forwarded - started,
-            sample_seconds=time.perf_counter() - forwarded,
-        )
+        job = self._job(ordered, self._build(ordered, versions, adapters), start)
+        lora_ranks = self._lora_ranks if adapters else []
+        result = self._queue(lambda: self._run(job))
+        return lambda: result().read(len(versions), lora_ranks)
 
     def _resident(self, adapter_version: str, step: int) -> ResidentAdapter:
         self._memory.adapters.touch(adapter_version, step)
@@ -84,25 +106,54 @@ class ModelRunner:
             raise AssertionError(f"adapter {adapter_version} is in a batch but not in pages")
         return adapter
 
-    def _read(
-        self, logits: torch.Tensor, chunks: Sequence[Chunk]
-    ) -> tuple[dict[str, Draw], dict[str, list[TokenLogprobs]]]:
-        """Draws tokens and describes prompt tokens; `logits` has the rows of `_logit_offsets`, chunk after chunk."""
-        sampled, rows, described, row = [], [], {}, 0
+    def _job(self, chunks: list[Chunk], batch: ForwardBatch, start: Mark) -> _Job:
+        drawing = [chunk.sequence for chunk in chunks if chunk.samples]
+        fed_rows, fed_from, end = [], [], 0
         for chunk in chunks:
-            offsets = _logit_offsets(chunk)
-            if predicted := _predicted_prompt(chunk):
-                counts = [chunk.sequence.sampling.prompt_logprobs or 0] * len(predicted)
-                part = logits[row : row + len(predicted)]
-                described[chunk.sequence.sequence_id] = token_logprobs(part, predicted, counts)
-            row += len(offsets)
-            if chunk.samples:
-                sampled.append(chunk.sequence)
-                rows.append(row - 1)
-        if not sampled:
-            return {}, described
-        draws = sample(logits[rows] if described else logits, sampled)
-        return {sequence.sequence_id: draw for sequence, draw in zip(sampled, draws, strict=True)}, described
+            end += chunk.length
+            if chunk.ends_pending:
+                fed_rows.append(end - 1)
+                fed_from.append(self._rows[chunk.sequence.sequence_id])
+        pending_from = [self._rows[seq.sequence_id] if seq.pending_tokens else -1 for seq in drawing]
+        wanted = Wanted.of(chunks)
+        self._rows = {sequence_id: row for row, sequence_id in enumerate(wanted.drawing)}
+        indices = (np.array(places, np.int64) for places in (fed_rows, fed_from, pending_from))
+        return _Job(batch, wanted, plan(drawing, self._vocab_size), start, *indices)
+
+    def _run(self, job: _Job) -> StepTensors:
+        """The forward pass and what is read from its logits; waits for nothing that is on a device."""
+        wanted, before = job.wanted, dispatch.calls_by_backend()
+        device, tensors = self._pool.bytes.device, list[torch.Tensor]()
+        with torch.inference_mode():
+            pending = self._pending(job, device)
+            logits = self._model.forward(replace(job.batch, feed=self._feed(job, device)))
+            forwarded = Mark(device)
+            drawn_rows = logits
+            if len(wanted.drawn_rows) < len(logits):
+                drawn_rows = logits.index_select(0, upload(wanted.drawn_rows, device))
+            if wanted.drawing:
+                drawn = job.sampling.draw(drawn_rows, pending)
+                self._drawn = drawn.token_ids
+                tensors += [drawn.token_ids, drawn.finite]
+            if wanted.top_counts:
+                tensors += _describe(logits, wanted, self._drawn)
+            marks = job.start, forwarded, Mark(device)
+            download = Download(tensors)
+        calls = {name: calls - before[name] for name, calls in dispatch.calls_by_backend().items()}
+        return StepTensors(wanted, download, marks, calls)
+
+    def _feed(self, job: _Job, device: torch.device) -> Feed | None:
+        if not len(job.fed_rows) or self._drawn is None:
+            return None
+        return Feed(self._to_device(job.fed_rows), self._drawn.index_select(0, upload(job.fed_from, device)))
+
+    def _pending(self, job: _Job, device: torch.device) -> torch.Tensor | None:
+        """`[num_draws, 1]`: tokens of the step before that the plan of the draws does not know."""
+        if job.sampling.changes is None or self._drawn is None or not (job.pending_from >= 0).any():
+            return None
+        sources = upload(job.pending_from, device)
+        tokens = self._drawn.index_select(0, sources.clamp(min=0))
+        return torch.where(sources >= 0, tokens, self._vocab_size).unsqueeze(1)
 
     def _build(self, chunks: Sequence[Chunk], versions: list[str], adapters: list[ResidentAdapter]) -> ForwardBatch:
         page_size = self._memory.geometry.page_size
@@ -165,25 +216,28 @@ class ModelRunner:
         return torch.from_numpy(array).to(self._device)
 
 
-def _predicted_prompt(chunk: Chunk) -> list[int]:
-    """Prompt tokens whose log-probabilities the chunk yields and nobody has yet: each is predicted one before."""
-    sequence = chunk.sequence
-    if not sequence.wants_prompt_logprobs:
-        return []
-    first = 1 + len(sequence.prompt_logprobs)
-    return sequence.prompt_token_ids[first : chunk.start + chunk.length + 1] if first > chunk.start else []
+def _describe(logits: torch.Tensor, wanted: Wanted, drawn: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Prompt tokens first, then tokens of this step."""
+    device = logits.device
+    rows = [*wanted.prompt_rows, *wanted.drawn_rows[wanted.described_draws].tolist()]
+    token_ids = upload(np.array(wanted.prompt_token_ids, np.int64), device)
+    if wanted.described_draws and drawn is not None:
+        draws = drawn.index_select(0, upload(np.array(wanted.described_draws, np.int64), device))
+        token_ids = torch.cat((token_ids, draws))
+    picked = logits.index_select(0, upload(np.array(rows, np.int64), device))
+    return describe(picked, token_ids, max(wanted.top_counts)).tensors
 
 
 def _logit_offsets(chunk: Chunk) -> list[int]:
     """Tokens of the chunk whose logits are wanted: those that predict prompt tokens, then the one that samples."""
-    first = len(chunk.sequence.prompt_logprobs) - chunk.start
-    offsets = list(range(first, first + len(_predicted_prompt(chunk))))
-    last = chunk.length - 1
-    return [*offsets, last] if chunk.samples else offsets
+    offsets = [place - 1 - chunk.start for place in chunk.described]
+    return [*offsets, chunk.length - 1] if chunk.samples else offsets
 
 
 def _token_ids(chunk: Chunk) -> npt.NDArray[np.int64]:
-    return np.array(chunk.sequence.token_ids(chunk.start, chunk.start + chunk.length), np.int64)
+    """Those that are known; a token that is not is 0."""
+    known = chunk.sequence.token_ids(chunk.start, chunk.start + chunk.length)
+    return np.array([*known, 0] if chunk.ends_pending else known, np.int64)
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

@@ -3,28 +3,117 @@
 The order is that of transformers' logits processors: repetition penalty, presence and frequency penalties, stop tokens
 of an output that is too short, biases, temperature, top-k, top-p, min-p; then one draw. No row looks at another: the
 same request draws the same tokens alone or in a crowd.
+
+`plan` reads the sequences, on the host; `SamplingPlan.draw` needs the logits and waits for nothing, so that the tokens
+of a step on a GPU are inputs of the next one before the host has seen them.
 """
 
-from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from gpu_worker.sequence import SamplingParams, Sequence, TokenLogprobs
+from gpu_worker.logit_changes import LogitChanges, changes
+from gpu_worker.sequence import SamplingParams, Sequence
+from gpu_worker.transfer import upload
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """The token drawn for one row, and its log-probabilities when they were asked for.
+class Drawn:
+    """One token a row. It means nothing where the row was not finite: a logit was NaN, or the largest was infinite."""
 
-    The token means nothing when the row was not `finite`: a logit was NaN, or the largest was infinite.
-    """
+    # [num_rows] int64 and bool
+    token_ids: Tensor
+    finite: Tensor
 
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    finite: bool = True
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """Rows that are drawn at random; those that nothing filters, or those that something does."""
+
+    # [num_random] int64, rows of the logits
+    rows: npt.NDArray[np.int64]
+    # A column each; `uniform` is one number of [0, 1) a row.
+    temperature: Floats
+    uniform: Floats
+    filters: "Filters | None"
+
+    def draw(self, adjusted: Tensor) -> Tensor:
+        """`[num_random]` token ids, from all rows of logits."""
+        device = adjusted.device
+        scaled = adjusted.index_select(0, upload(self.rows, device)).double() / upload(self.temperature, device)
+        draws = upload(self.uniform, device)
+        if self.filters is None:
+            return _inverse(torch.softmax(scaled, dim=-1), draws)
+        probabilities, order = self.filters.apply(scaled)
+        return order.gather(1, _inverse(probabilities, draws).unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """`[num_rows, 1]` each; top_k is at most the vocabulary's size."""
+
+    top_k: npt.NDArray[np.int64]
+    top_p: Floats
+    min_p: Floats
+
+    @classmethod
+    def of(cls, params: Items[SamplingParams], vocab_size: int) -> "Filters":
+        return cls(
+            np.array([[min(param.top_k or vocab_size, vocab_size)] for param in params], np.int64),
+            np.array([[param.top_p] for param in params], np.float64),
+            np.array([[param.min_p] for param in params], np.float64),
+        )
+
+    def apply(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities after top-k, top-p and min-p, in falling order, and the token id of each place.
+
+        `scaled [num_rows, vocab_size]` are logits over temperature. Top-k keeps ties with its last token; top-p keeps
+        the smallest set that reaches it within what top-k left; min-p is relative to the most likely token.
+        """
+        top_k, top_p, min_p = (upload(array, scaled.device) for array in (self.top_k, self.top_p, self.min_p))
+        ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
+        kept = ordered >= ordered.gather(1, top_k - 1)
+        probabilities = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        # 1.0 is off: rounding must not cut the tail.
+        kept &= (before < top_p) | (top_p == 1.0)
+        kept &= probabilities >= min_p * probabilities[:, :1]
+        return torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1), order
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """How each row of a step's logits becomes a token. Temperature 0 takes the largest adjusted logit, the lowest id
+    on a tie."""
+
+    changes: LogitChanges | None
+    random: tuple[RandomRows, ...]
+
+    def draw(self, logits: Tensor, pending: Tensor | None = None) -> Drawn:
+        """Tokens of `logits [num_rows, vocab_size]`. `pending [num_rows, 1]` are tokens that the step before drew and
+        the plan does not know, the id behind the vocabulary where there is none."""
+        adjusted = logits if self.changes is None else self.changes.apply(logits, pending)
+        tokens = adjusted.argmax(dim=-1)
+        # NaN counts as the largest.
+        finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
+        for part in self.random:
+            tokens.index_copy_(0, upload(part.rows, logits.device), part.draw(adjusted))
+        return Drawn(tokens, finite)
+
+
+def plan(sequences: Items[Sequence], vocab_size: int) -> SamplingPlan:
+    """For logits whose row i is for the next token of `sequences[i]`."""
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    plain = [row for row in drawn if not _filters(sequences[row].sampling)]
+    filtered = [row for row in drawn if _filters(sequences[row].sampling)]
+    parts = tuple(_random(sequences, rows, vocab_size) for rows in (plain, filtered) if rows)
+    return SamplingPlan(changes(sequences, vocab_size), parts)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -35,118 +124,26 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Draw]:
-    """One draw a row of `logits [num_rows, vocab_size]`, row i for the next token of `sequences[i]`.
-
-    Temperature 0 takes the largest adjusted logit, the lowest id on a tie.
-    """
-    adjusted = _adjust(logits, sequences)
-    tokens = adjusted.argmax(dim=-1)
-    # NaN counts as the largest.
-    finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite().tolist()
-    plain = [row for row, sequence in enumerate(sequences) if _draws(sequence) and not _filters(sequence.sampling)]
-    filtered = [row for row, sequence in enumerate(sequences) if _draws(sequence) and _filters(sequence.sampling)]
-    if plain:
-        tokens[plain] = _draw(torch.softmax(_scaled(adjusted, sequences, plain), dim=-1), sequences, plain)
-    if filtered:
-        params = [sequences[row].sampling for row in filtered]
-        probabilities, order = filtered_probabilities(_scaled(adjusted, sequences, filtered), params)
-        places = _draw(probabilities, sequences, filtered)
-        tokens[filtered] = order.gather(1, places.unsqueeze(1)).squeeze(1)
-    ids = [int(token) for token in tokens.tolist()]
-    wanted = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
-    counts = [sequences[row].sampling.logprobs or 0 for row in wanted]
-    described = dict(zip(wanted, token_logprobs(logits[wanted], [ids[row] for row in wanted], counts), strict=True))
-    return [Draw(token_id, described.get(row), finite[row]) for row, token_id in enumerate(ids)]
-
-
-def token_logprobs(logits: torch.Tensor, token_ids: Items[int], top_counts: Items[int]) -> list[TokenLogprobs]:
-    """Log-probabilities of `token_ids[i]` and of the `top_counts[i]` most likely tokens in row i of `logits`."""
-    if not token_ids:
-        return []
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, indices = logprobs.topk(min(max(top_counts), logprobs.shape[-1]), dim=-1)
-    rows = zip(token_ids, chosen, indices.tolist(), values.tolist(), top_counts, strict=True)
-    return [
-        TokenLogprobs(token_id, logprob, tuple(zip(ids[:count], tops[:count], strict=True)))
-        for token_id, logprob, ids, tops, count in rows
-    ]
-
-
-def filtered_probabilities(scaled: torch.Tensor, params: Items[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities after top-k, top-p and min-p, in falling order, and the token id of each place.
-
-    `scaled [num_rows, vocab_size]` are logits over temperature. Top-k keeps ties with its last token; top-p keeps the
-    smallest set that reaches it within what top-k left; min-p is relative to the most likely token.
-    """
-    vocab_size, device = scaled.shape[-1], scaled.device
-    ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([[param.top_k or vocab_size] for param in params], device=device).clamp(max=vocab_size)
-    top_p = torch.tensor([[param.top_p] for param in params], dtype=torch.float64, device=device)
-    min_p = torch.tensor([[param.min_p] for param in params], dtype=torch.float64, device=device)
-    kept = ordered >= ordered.gather(1, top_k - 1)
-    probabilities = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # 1.0 is off: rounding must not cut the tail.
-    kept &= (before < top_p) | (top_p == 1.0)
-    kept &= probabilities >= min_p * probabilities[:, :1]
-    return torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1), order
-
-
-def _draws(sequence: Sequence) -> bool:
-    return sequence.sampling.temperature > 0
-
-
 def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _scaled(adjusted: torch.Tensor, sequences: Items[Sequence], rows: list[int]) -> torch.Tensor:
-    temperatures = [[sequences[row].sampling.temperature] for row in rows]
-    return adjusted[rows].double() / torch.tensor(temperatures, dtype=torch.float64, device=adjusted.device)
+def _random(sequences: Items[Sequence], rows: Items[int], vocab_size: int) -> RandomRows:
+    """Of rows that all have filters, or all none."""
+    params = [sequences[row].sampling for row in rows]
+    return RandomRows(
+        np.array(rows, np.int64),
+        np.array([[param.temperature] for param in params], np.float64),
+        np.array([[uniform(sequences[row].sampling.seed, sequences[row].num_tokens)] for row in rows], np.float64),
+        Filters.of(params, vocab_size) if _filters(params[0]) else None,
+    )
 
 
-def _draw(probabilities: torch.Tensor, sequences: Items[Sequence], rows: list[int]) -> torch.Tensor:
-    """The inverse of each row's cumulative distribution at one uniform number."""
-    draws = [[uniform(sequences[row].sampling.seed, sequences[row].num_tokens)] for row in rows]
+def _inverse(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """The inverse of each row's cumulative distribution at one uniform number; `draws [num_rows, 1]`."""
     cumulative = probabilities.cumsum(dim=-1)
     # The sum of rounded probabilities is not 1 exactly: scale the draw instead of every probability.
-    thresholds = torch.tensor(draws, dtype=torch.float64, device=probabilities.device) * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
+    places = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1)
     # A draw just below 1 may round up to the whole sum; the last possible token is the one with any probability.
     last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1)
     return torch.minimum(places, last)
-
-
-def _must_go_on(sequence: Sequence) -> bool:
-    """Too short to stop: no stop token may be drawn."""
-    return len(sequence.output_token_ids) < sequence.stopping.min_tokens and bool(sequence.stopping.stop_token_ids)
-
-
-def _adjust(logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-    """Penalties and biases, on a copy when any row has some."""
-    rows = [row for row, sequence in enumerate(sequences) if sequence.sampling.adjusts or _must_go_on(sequence)]
-    if not rows:
-        return logits
-    adjusted = logits.clone()
-    for row in rows:
-        _adjust_row(adjusted[row], sequences[row])
-    return adjusted
-
-
-def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
-    params, device = sequence.sampling, row.device
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.output_token_ids}), device=device)
-        scores = row[seen]
-        row[seen] = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
-    if sequence.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(sequence.output_token_ids)
-        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-        row[torch.tensor(list(counts), device=device)] -= torch.tensor(penalties, dtype=row.dtype, device=device)
-    if _must_go_on(sequence):
-        row[torch.tensor(sorted(sequence.stopping.stop_token_ids), device=device)] = float("-inf")
-    if params.logit_bias:
-        ids, biases = zip(*params.logit_bias, strict=True)
-        row[torch.tensor(ids, device=device)] += torch.tensor(biases, dtype=row.dtype, device=device)

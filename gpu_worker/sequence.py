@@ -85,6 +85,8 @@ class Sequence:
     num_delivered: int
     sampling: SamplingParams
     stopping: StoppingParams
+    # The model's; no token is computed behind it.
+    max_context_tokens: int = 2**31 - 1
     # Empty for the base model.
     adapter_version: str = ""
     # Only sequences of one salt and adapter share prefix pages.
@@ -96,9 +98,14 @@ class Sequence:
     outputs: "list[Sequence]" = field(default_factory=list)
     # Of the prompt tokens from the second on, as far as computed; in output 0 only.
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    # Prompt tokens that have log-probabilities or get them from a step in flight.
+    described_tokens: int = 0
     state: SequenceState = SequenceState.WAITING
-    # Tokens whose KV is in pages.
+    # Tokens whose KV is in pages; and with those that a step in flight computes.
     computed_tokens: int = 0
+    launched_tokens: int = 0
+    # Tokens that steps in flight draw and nobody here knows yet.
+    pending_tokens: int = 0
     # Prompt tokens that were in pages already when the sequence was first admitted.
     cached_tokens: int = 0
     # Of its full pages, as far as anybody asked.
@@ -121,16 +128,26 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Some are still missing."""
+        """Some are missing, and no step in flight brings them."""
         asked = self.sampling.prompt_logprobs is not None and self.output_index == 0
-        return asked and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
+        return asked and self.described_tokens < len(self.prompt_token_ids) - 1
+
+    @property
+    def num_output_tokens(self) -> int:
+        """With those that steps in flight draw."""
+        return len(self.output_token_ids) + self.pending_tokens
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.prompt_token_ids) + self.num_output_tokens
+
+    def is_full(self, num_output_tokens: int) -> bool:
+        """No token may follow so many generated ones."""
+        num_tokens = len(self.prompt_token_ids) + num_output_tokens
+        return num_output_tokens >= self.stopping.max_tokens or num_tokens >= self.max_context_tokens
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Tokens `[start, end)` of prompt and output together."""
+        """Tokens `[start, end)` of prompt and output together, as far as they are known."""
         split = len(self.prompt_token_ids)
         if start >= split:
             return self.output_token_ids[start - split : end - split]

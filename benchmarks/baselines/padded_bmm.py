@@ -5,14 +5,15 @@ helps it: padded copies are made once for each adapter and kept; the active ones
 reads them where they lie; q, k, v and gate, up share one product; scalings are folded in beforehand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpu_worker.batching import Chunk
-from gpu_worker.model_runner import ModelRunner, StepOutput
+from gpu_worker.model_runner import ModelRunner
+from gpu_worker.step_output import StepOutput
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu.launch import settle
 from kernels.paged_rows import read_rows, row_units
@@ -171,6 +172,6 @@ class PaddedRunner(ModelRunner):
 
     bmm: PaddedBmm
 
-    def run(self, chunks: Sequence[Chunk], step: int) -> StepOutput:
+    def launch(self, chunks: Sequence[Chunk], step: int) -> Callable[[], StepOutput]:
         self.bmm.select(sorted({chunk.sequence.adapter_version for chunk in chunks} - {""}))
-        return super().run(chunks, step)
+        return super().launch(chunks, step)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_worker.batch import ForwardBatch
 from gpu_worker.cuda.graph_plan import GraphKey, GraphPlanner, StepFacts
-from gpu_worker.cuda.static_batch import StaticBatch, StaticTables, uploaded, uploaded_tables
+from gpu_worker.cuda.static_batch import StaticBatch, StaticTables, uploaded, uploaded_tables, uploaded_tensor
 from gpu_worker.models.decoder import Decoder
 from kernels.adapters import AdapterTables
 
@@ -88,7 +88,7 @@ class Executor:
         count = len(batch.token_ids)
         if len(batch.logit_rows) == count:
             return logits[:count]
-        return logits.index_select(0, batch.logit_rows.to(self._device, non_blocking=True))
+        return logits.index_select(0, uploaded_tensor(batch.logit_rows, self._device))
 
     @property
     def _device(self) -> torch.device:

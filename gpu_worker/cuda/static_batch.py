@@ -5,7 +5,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gpu_worker.batch import ForwardBatch
+from gpu_worker.batch import Feed, ForwardBatch
 from gpu_worker.cuda.graph_plan import Ceilings, GraphKey
 from kernels.adapters import AdapterTables, Segments
 
@@ -94,6 +94,7 @@ class StaticBatch:
             adapters=None if tables is None else tables.tables,
             kv_pages=kv_pages,
             decode_only=True,
+            feed=None,
         )
 
     def fill(self, host: ForwardBatch) -> None:
@@ -105,6 +106,8 @@ class StaticBatch:
         self._write(fields, host)
         self._wide.copy_(wide, non_blocking=True)
         self._narrow.copy_(narrow, non_blocking=True)
+        if host.feed is not None:
+            self.batch.token_ids.index_copy_(0, uploaded_tensor(host.feed.rows, self._wide.device), host.feed.token_ids)
         if self._static_tables is not None and host.adapters is not None:
             self._static_tables.fill(host.adapters)
 
@@ -128,25 +131,28 @@ def _uploadable(tensor: Tensor) -> Tensor:
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
+def uploaded_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, in order behind what was launched there."""
+    return _uploadable(tensor).to(device, non_blocking=True)
+
+
 def uploaded(host: ForwardBatch, device: torch.device, tables: AdapterTables | None = None) -> ForwardBatch:
     """The same batch with its indices on `device` and `tables`, for a step that no graph runs. Waits for nothing."""
-
-    def up(tensor: Tensor) -> Tensor:
-        return _uploadable(tensor).to(device, non_blocking=True)
-
     names = ("token_ids", "positions", "slot_mapping", "page_table", "query_start", "context_lens", "logit_rows")
-    fields = {name: up(getattr(host, name)) for name in names}
-    segments = Segments(up(host.segments.starts), up(host.segments.adapter))
+    fields = {name: uploaded_tensor(getattr(host, name), device) for name in names}
     return ForwardBatch(
         **fields,
-        segments=segments,
+        segments=Segments(
+            uploaded_tensor(host.segments.starts, device), uploaded_tensor(host.segments.adapter, device)
+        ),
         adapters=tables,
         kv_pages=host.kv_pages,
         decode_only=host.decode_only,
+        feed=None if host.feed is None else Feed(uploaded_tensor(host.feed.rows, device), host.feed.token_ids),
     )
 
 
 def uploaded_tables(host: AdapterTables, device: torch.device) -> AdapterTables:
     names = ("page_table", "start_unit", "lora_rank", "scaling", "dtype")
-    fields = {name: _uploadable(getattr(host, name)).to(device, non_blocking=True) for name in names}
+    fields = {name: uploaded_tensor(getattr(host, name), device) for name in names}
     return AdapterTables(pool=host.pool, max_lora_rank=host.max_lora_rank, **fields)

@@ -35,7 +35,8 @@ class Decoder:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits `[num_logits, vocab]` float32 of the batch's `logit_rows`; writes this step's keys and values."""
         eps = self.config.rms_norm_eps
-        x = embedding(batch.token_ids, self.weights.embedding)
+        token_ids = batch.token_ids if batch.feed is None else batch.feed.into(batch.token_ids)
+        x = embedding(token_ids, self.weights.embedding)
         residual = None
         with together():
             for index, layer in enumerate(self.weights.layers):

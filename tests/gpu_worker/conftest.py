@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu_worker.engine_driver import EngineDriver
+from tests.gpu_worker.step_modes import MODES, StepMode
 from tests.gpu_worker.tiny_model import TinyAdapter, save_tiny_llama, write_adapter
 
 
@@ -21,3 +23,11 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[TinyAdapter]
         write_adapter(directory, "rank-3", lora_rank=3),
         write_adapter(directory, "rank-8", lora_rank=8, modules=("q_proj", "v_proj", "down_proj")),
     ]
+
+
+@pytest.fixture(params=list(MODES.values()), ids=list(MODES))
+def step_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StepMode:
+    """Engines of the test run their steps this way."""
+    mode: StepMode = request.param
+    monkeypatch.setattr(EngineDriver, "mode", mode)
+    return mode

@@ -11,6 +11,7 @@ from gpu_worker.commands import Arrival
 from gpu_worker.config import EngineConfig
 from gpu_worker.loader import LoadDone
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
+from tests.gpu_worker.step_modes import IN_TURN
 from tests.gpu_worker.tiny_model import PAGE_BYTES, TinyAdapter
 
 # A load takes milliseconds; only a bug makes it take this long.
@@ -21,13 +22,15 @@ UNLIMITED_STEPS = 5000
 class EngineDriver:
     """Plays face, scheduler and store; adapters of `library` are delivered as soon as the engine asks."""
 
+    mode = IN_TURN
+
     def __init__(
         self, checkpoint: Path, library: Iterable[TinyAdapter] = (), num_pages: int = 200, **options: Any
     ) -> None:
         self._inbox: engine_main.Inbox = queue.SimpleQueue()
         defaults: dict[str, Any] = {"page_size": 4, "max_step_tokens": 128, "max_sequences": 16}
         config = EngineConfig(model=checkpoint, memory=str(num_pages * PAGE_BYTES), **(defaults | options))
-        self.engine, self.ready = engine_main.build(config, self._inbox)
+        self.engine, self.ready = engine_main.build(config, self._inbox, **self.mode.options())
         self.library = {adapter.version: adapter for adapter in library}
         self.epoch = self._seq = 1
         # Keeps finished loads from the engine, as if the copying thread had not ended.

@@ -31,9 +31,8 @@ def add(batcher: Batcher, name: str, num_tokens: int, order_key: int, adapter: s
 def compute(plan: StepPlan) -> None:
     """What the engine does with a plan: books the chunks, appends the tokens drawn."""
     for chunk in plan.chunks:
-        samples = chunk.samples
-        chunk.sequence.computed_tokens = chunk.start + chunk.length
-        if samples:
+        chunk.sequence.computed_tokens = chunk.sequence.launched_tokens = chunk.start + chunk.length
+        if chunk.samples:
             chunk.sequence.output_token_ids.append(0)
 
 

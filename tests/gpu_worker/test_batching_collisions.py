@@ -47,10 +47,11 @@ class Engine:
             step += 1
             self.preemptions.update(sequence.sequence_id for sequence in plan.preempted)
             for chunk in plan.chunks:
-                samples = chunk.samples
-                self.batcher.advance(chunk)
+                self.batcher.launch(chunk)
+                self.batcher.complete(chunk)
                 self.computed += chunk.length
-                if samples:
+                if chunk.samples:
+                    chunk.sequence.pending_tokens = 0
                     chunk.sequence.output_token_ids.append(0)
                     if len(chunk.sequence.output_token_ids) == chunk.sequence.stopping.max_tokens:
                         self.batcher.remove(chunk.sequence, step)

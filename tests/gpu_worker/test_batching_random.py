@@ -176,12 +176,13 @@ class Fleet:
             sequence = chunk.sequence
             assert chunk.start == self.computed.get(sequence.sequence_id, 0), "a token left out or computed twice"
             assert chunk.length > 0
-            samples = chunk.samples
-            self.batcher.advance(chunk)
+            self.batcher.launch(chunk)
+            self.batcher.complete(chunk)
             self.computed[sequence.sequence_id] = chunk.start + chunk.length
             held = len(self.memory.kv.page_table(sequence.sequence_id))
             assert held >= SMALL_PAGES.pages_for_tokens(sequence.computed_tokens), "KV without a page"
-            if samples:
+            if chunk.samples:
+                sequence.pending_tokens = 0
                 sequence.output_token_ids.append(0)
                 if len(sequence.output_token_ids) == sequence.stopping.max_tokens:
                     self.batcher.remove(sequence, self.step)

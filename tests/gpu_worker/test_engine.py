@@ -12,6 +12,8 @@ from gpu_worker.config import EngineConfig
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import TinyAdapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 # name -> (prompt, adapter)
 REQUESTS: Mapping[str, tuple[list[int], str]] = {
     "base": (list(range(2, 12)), ""),

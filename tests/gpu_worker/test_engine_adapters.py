@@ -13,6 +13,8 @@ from loraplex.v1 import engine_pb2, types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 12))
 ERROR = types_pb2.FINISH_REASON_ERROR
 

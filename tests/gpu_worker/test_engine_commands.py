@@ -9,6 +9,8 @@ from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver, key, new_offer
 from tests.gpu_worker.tiny_model import CONTEXT, VOCAB, TinyAdapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 12))
 ABORTED = types_pb2.FINISH_REASON_ABORTED
 INVALID_ARGUMENT = grpc.StatusCode.INVALID_ARGUMENT.value[0]
@@ -86,17 +88,17 @@ class TestAttempts:
         driver.offer("s", PROMPT, max_tokens=40)
         driver.step()
         driver.offer("s", PROMPT, max_tokens=40, attempt=1)
-        result = driver.step()
-        ended = [(s.key.attempt, s.finish_reason) for batch in result.tokens for s in batch.sequences]
-        assert ended == [(0, ABORTED), (1, types_pb2.FINISH_REASON_UNSPECIFIED)]
+        driver.run()
+        ended = [(message.key.attempt, message.finish_reason) for message in driver.messages if message.finish_reason]
+        assert ended == [(0, ABORTED), (1, types_pb2.FINISH_REASON_LENGTH)]
 
     def test_an_older_one_that_comes_late_does_not_fence_the_newer(self, driver: EngineDriver) -> None:
         driver.offer("s", PROMPT, max_tokens=4, attempt=1)
         driver.step()
         driver.offer("s", PROMPT, max_tokens=4, attempt=0)
-        result = driver.step()
-        ended = [(s.key.attempt, s.finish_reason) for batch in result.tokens for s in batch.sequences]
-        assert ended == [(0, ABORTED), (1, types_pb2.FINISH_REASON_UNSPECIFIED)]
+        driver.run()
+        ended = [(message.key.attempt, message.finish_reason) for message in driver.messages if message.finish_reason]
+        assert ended == [(0, ABORTED), (1, types_pb2.FINISH_REASON_LENGTH)]
 
     def test_the_same_one_twice_is_one(self, driver: EngineDriver) -> None:
         driver.offer("s", PROMPT)

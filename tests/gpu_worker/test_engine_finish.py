@@ -10,6 +10,8 @@ from loraplex.v1 import types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import CONTEXT
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 12))
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 
@@ -85,9 +87,8 @@ def test_the_last_token_and_the_reason_ride_together(driver: EngineDriver, greed
 
 
 def test_tokens_are_numbered_without_gaps(driver: EngineDriver) -> None:
-    driver.offer("s", PROMPT, max_tokens=4)
-    offsets = [batch.sequences[0].token_offset for _ in range(4) for batch in driver.step().tokens]
-    assert offsets == [0, 1, 2, 3]
+    driver.generate("s", PROMPT, max_tokens=4)
+    assert [message.token_offset for message in driver.messages] == [0, 1, 2, 3]
 
 
 def test_a_resumed_attempt_goes_on_behind_what_was_delivered(driver: EngineDriver, greedy: list[int]) -> None:
@@ -96,8 +97,8 @@ def test_a_resumed_attempt_goes_on_behind_what_was_delivered(driver: EngineDrive
 
 
 def test_a_resumed_attempt_numbers_its_tokens_on(driver: EngineDriver, greedy: list[int]) -> None:
-    driver.offer("s", PROMPT, max_tokens=12, attempt=1, delivered=greedy[:7])
-    assert driver.step().tokens[0].sequences[0].token_offset == 7
+    driver.generate("s", PROMPT, max_tokens=12, attempt=1, delivered=greedy[:7])
+    assert driver.messages[0].token_offset == 7
 
 
 def test_a_resumed_attempt_draws_as_the_first_would_have(tiny_checkpoint: Path, driver: EngineDriver) -> None:

@@ -8,6 +8,8 @@ from gpu_worker.config import EngineConfig
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import PAGE_BYTES, TinyAdapter, write_adapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 8))
 NUM_ADAPTERS = 300
 # More steps than the prompts take.

@@ -10,6 +10,8 @@ from loraplex.v1 import scheduler_pb2, types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver, key
 from tests.gpu_worker.tiny_model import TinyAdapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 25))
 FULL_PAGES = (len(PROMPT) - 1) // 4
 # float32 through two layers; the acceptance asks for 1e-4

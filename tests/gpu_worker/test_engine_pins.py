@@ -8,6 +8,8 @@ from loraplex.v1 import engine_pb2
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import TinyAdapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 # The largest adapter takes 14 of them.
 NUM_PAGES = 24
 # 16 pages with its answer: more than the pool has beside that adapter.

@@ -13,6 +13,8 @@ from loraplex.v1 import types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver
 from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PROMPT = list(range(2, 12))
 MATES: dict[str, dict[str, Any]] = {
     "base": {"adapter": ""},

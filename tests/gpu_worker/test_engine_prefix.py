@@ -8,6 +8,8 @@ from loraplex.v1 import scheduler_pb2, types_pb2
 from tests.gpu_worker.engine_driver import EngineDriver, key
 from tests.gpu_worker.tiny_model import TinyAdapter
 
+pytestmark = pytest.mark.usefixtures("step_mode")
+
 PAGE = 4
 PROMPT = list(range(2, 25))
 # The last prompt token is computed anew.

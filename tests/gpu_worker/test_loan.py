@@ -53,6 +53,17 @@ def test_the_owner_gets_it_back_when_the_borrower_is_done() -> None:
     assert order == ["borrower", "owner"]
 
 
+def test_what_is_lent_twice_is_lent_until_the_first_ends() -> None:
+    loan, used = Loan(), list[str]()
+    with loan:
+        with loan.lend():
+            with loan.lend():
+                pass
+            assert elsewhere(lambda: loan.borrow(lambda: used.append("still lent")))
+        assert not elsewhere(lambda: loan.borrow(lambda: used.append("owned")))
+    assert used == ["still lent"]
+
+
 def test_a_thread_that_does_not_own_lends_nothing() -> None:
     loan = Loan()
 

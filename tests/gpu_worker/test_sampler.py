@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.sampler import sample, uniform
+from gpu_worker.sampler import plan, uniform
 from gpu_worker.sequence import SamplingParams
 from tests.gpu_worker.support import waiting_sequence
 
@@ -25,7 +25,8 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Iter
         sequence.sampling = param
         # Only its length is read; twenty thousand lists would take gigabytes.
         sequence.prompt_token_ids = cast("list[int]", range(position))
-    return [drawn.token_id for drawn in sample(logits, sequences)]
+    drawn = plan(sequences, logits.shape[1]).draw(logits)
+    return [int(token) for token in drawn.token_ids]
 
 
 def test_greedy_takes_the_largest_logit() -> None:

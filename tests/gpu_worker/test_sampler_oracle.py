@@ -14,7 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gpu_worker.sampler import filtered_probabilities, sample, token_logprobs
+from gpu_worker.logit_changes import changes
+from gpu_worker.logprobs import describe
+from gpu_worker.sampler import Filters, plan
 from gpu_worker.sequence import SamplingParams, Sequence, StoppingParams
 
 VOCAB_SIZE = 50
@@ -101,12 +103,17 @@ def chi_square(observed: Counter[int], probabilities: torch.Tensor) -> tuple[flo
     return statistic, critical
 
 
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    tokens: list[int] = plan(sequences, VOCAB_SIZE).draw(logits).token_ids.tolist()
+    return tokens
+
+
 def drawn(params: SamplingParams, num_draws: int = NUM_DRAWS, chunk: int = 500) -> Counter[int]:
     """Draws with seeds 0, 1, 2, ..., many rows at a time."""
     logits, tokens = random_logits(), Counter[int]()
     for start in range(0, num_draws, chunk):
         rows = [sequence_of(replace(params, seed=seed)) for seed in range(start, start + chunk)]
-        tokens.update(draw.token_id for draw in sample(logits.expand(chunk, -1), rows))
+        tokens.update(sample(logits.expand(chunk, -1), rows))
     return tokens
 
 
@@ -141,7 +148,7 @@ def test_no_token_is_drawn_that_the_oracle_excludes(params: SamplingParams) -> N
 def test_filtered_probabilities_equal_the_oracles() -> None:
     params = replace(PLAIN, temperature=1.3, top_k=20, top_p=0.9, min_p=0.05)
     logits = random_logits()
-    probabilities, order = filtered_probabilities(logits.double() / params.temperature, [params])
+    probabilities, order = Filters.of([params], VOCAB_SIZE).apply(logits.double() / params.temperature)
     by_token = torch.zeros(VOCAB_SIZE, dtype=torch.float64).scatter(0, order[0], probabilities[0])
     torch.testing.assert_close(by_token, oracle(logits, params))
 
@@ -160,12 +167,12 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     params = SamplingParams(temperature=0.0, seed=0, presence_penalty=0.5, frequency_penalty=0.25, logprobs=0)
     logits[0, 3], logits[0, 9], logits[0, 20] = 1.0, 1.9, 1.2
     # 9 was generated three times: 1.9 - 0.5 - 0.75 = 0.65; 3 is in the prompt only; 20 was generated once: 0.45
-    assert sample(logits, [sequence_of(params, (9, 9, 9, 20))])[0].token_id == 3
+    assert sample(logits, [sequence_of(params, (9, 9, 9, 20))])[0] == 3
 
 
 def test_a_logit_bias_moves_a_token() -> None:
     params = SamplingParams(temperature=0.0, seed=0, logit_bias=((4, 100.0),))
-    assert sample(random_logits(), [sequence_of(params)])[0].token_id == 4
+    assert sample(random_logits(), [sequence_of(params)])[0] == 4
 
 
 def test_no_stop_token_is_drawn_before_min_tokens() -> None:
@@ -173,24 +180,55 @@ def test_no_stop_token_is_drawn_before_min_tokens() -> None:
     logits[0, 2] = 9.0
     params = SamplingParams(temperature=0.0, seed=0)
     stops = {"min_tokens": 2, "stop_token_ids": frozenset({2})}
-    assert sample(logits, [sequence_of(params, (5,), **stops)])[0].token_id != 2
-    assert sample(logits, [sequence_of(params, (5, 6), **stops)])[0].token_id == 2
+    assert sample(logits, [sequence_of(params, (5,), **stops)])[0] != 2
+    assert sample(logits, [sequence_of(params, (5, 6), **stops)])[0] == 2
 
 
-def test_logprobs_are_those_of_the_model_whatever_the_sampling() -> None:
+def test_logprobs_are_those_of_the_model() -> None:
     logits = random_logits()
-    params = replace(CASES["all"], temperature=5.0, logprobs=3)
-    draw = sample(logits, [sequence_of(params)])[0]
+    (described,) = describe(logits, torch.tensor([7]), 3).read([3])
     expected = torch.log_softmax(logits[0], dim=-1)
-    assert draw.logprobs is not None
-    assert draw.logprobs.token_id == draw.token_id
-    assert draw.logprobs.logprob == pytest.approx(float(expected[draw.token_id]))
+    assert described.token_id == 7
+    assert described.logprob == pytest.approx(float(expected[7]))
     best = expected.topk(3)
-    assert [token for token, _ in draw.logprobs.top] == best.indices.tolist()
-    assert [logprob for _, logprob in draw.logprobs.top] == pytest.approx(best.values.tolist())
+    assert [token for token, _ in described.top] == best.indices.tolist()
+    assert [logprob for _, logprob in described.top] == pytest.approx(best.values.tolist())
 
 
 def test_logprobs_of_zero_alternatives_are_the_chosen_token_alone() -> None:
-    (described,) = token_logprobs(random_logits(), [7], [0])
-    assert described.token_id == 7
-    assert described.top == ()
+    one, none = describe(random_logits(2), torch.tensor([7, 8]), 1).read([1, 0])
+    assert (len(one.top), none.token_id, none.top) == (1, 8, ())
+
+
+CHANGED = {
+    "repetition": replace(PLAIN, temperature=0.0, repetition_penalty=1.4),
+    "presence": replace(PLAIN, temperature=0.0, presence_penalty=1.5),
+    "frequency": replace(PLAIN, temperature=0.7, frequency_penalty=0.9),
+    "all": replace(PLAIN, frequency_penalty=-0.7, presence_penalty=0.4, repetition_penalty=1.2, logit_bias=((9, 2.0),)),
+    "none": PLAIN,
+}
+
+
+@pytest.mark.parametrize("last", [3, 9, 20], ids=["in-the-prompt", "generated-before", "new"])
+def test_a_token_that_only_the_device_knows_counts_as_any_other(last: int) -> None:
+    """Whatever the row: the same logits, bit for bit, as when the host knows the token."""
+    logits = random_logits(len(CHANGED))
+    known = [sequence_of(params, (9, 9, 5, last)) for params in CHANGED.values()]
+    unknown = [sequence_of(params, (9, 9, 5)) for params in CHANGED.values()]
+    for sequence in unknown:
+        sequence.pending_tokens = 1
+    told, untold = changes(known, VOCAB_SIZE), changes(unknown, VOCAB_SIZE)
+    assert told is not None
+    assert untold is not None
+    pending = torch.full((len(CHANGED), 1), last)
+    adjusted = untold.apply(logits, pending)
+    assert torch.equal(adjusted, told.apply(logits, None))
+    assert not torch.equal(adjusted, untold.apply(logits, None)), "the token makes no difference"
+    assert plan(unknown, VOCAB_SIZE).draw(logits, pending).token_ids.tolist() == sample(logits, known)
+
+
+def test_a_row_without_such_a_token_is_left_alone() -> None:
+    logits, sequence = random_logits(), sequence_of(CHANGED["all"], (9, 9, 5))
+    table = changes([sequence], VOCAB_SIZE)
+    assert table is not None
+    assert torch.equal(table.apply(logits, torch.tensor([[VOCAB_SIZE]])), table.apply(logits, None))

@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.core.explain import explain
-from scheduler.core.model import RequestState
+from scheduler.core.model import Ending, RequestState
 from tests.scheduler.core_fakes import key, make_request, progress, with_worker
 
 
@@ -53,3 +53,16 @@ def test_explain_names_the_limit(num_pages: int, max_sequences: int, settings: d
         scheduler.submit(make_request(f"r{index}"), 0.0)
     scheduler.schedule(0.0)
     assert any(sentence in text for text in explain(scheduler, "r1", 0.0))
+
+
+def test_the_timelines_of_the_last_requests_are_kept_and_no_more() -> None:
+    scheduler = with_worker(num_pages=64, history_requests=3)
+    for index in range(5):
+        scheduler.submit(make_request(f"r{index}"), 0.0)
+        scheduler.schedule(1.0)
+        scheduler.report("w0", progress(f"r{index}", Ending.FINISHED), 3.0)
+    assert len(scheduler.life.history) == 3
+    assert explain(scheduler, "r1", 9.0)[0].startswith("No request r1 is queued")
+    assert explain(scheduler, "r2", 9.0) == [
+        "Attempt 0 of request r2 finished on worker w0 after 3.000 s with 0 tokens: 1.000 s in the scheduler's queue."
+    ]

@@ -247,4 +247,4 @@ async def test_it_is_one_lease_for_each_prefix(redis_server: RedisServer) -> Non
 
 async def test_a_lease_too_short_to_be_renewed_is_refused() -> None:
     with pytest.raises(ValueError, match="lease_seconds is 0\\.4; it must exceed twice"):
-        SchedulerConfig(lease_seconds=0.4)
+        SchedulerConfig(lease_seconds=0.4, redis_timeout_seconds=0.2)

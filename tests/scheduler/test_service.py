@@ -1,6 +1,7 @@
 """The service over a real socket, between fake gateways and workers."""
 
 import asyncio
+import logging
 import urllib.request
 from typing import Any
 
@@ -333,3 +334,19 @@ async def test_the_figures_are_exposed(cell: Cell) -> None:
     ages = [line for line in lines if line.startswith('loraplex_scheduler_oldest_request_age_seconds{model="tiny"}')]
     assert float(ages[0].split()[1]) > 0
     assert any(line.startswith("loraplex_scheduler_decision_seconds_count") for line in lines)
+
+
+async def test_a_fenced_worker_leaves_a_log_line_and_a_metric(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
+    worker = await cell.worker()
+    with caplog.at_level(logging.ERROR, logger="scheduler.dispatcher"):
+        await worker.report(memory=scheduler_pb2.MemoryUsage(free_pages=1))
+        with pytest.raises(grpc.aio.AioRpcError, match="reports what cannot be"):
+            await worker.command()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["worker fenced"]
+
+    def scrape() -> str:
+        with urllib.request.urlopen(f"http://{cell.service.server.metrics_address}/metrics") as response:
+            return str(response.read().decode())
+
+    text = await asyncio.to_thread(scrape)
+    assert 'loraplex_scheduler_workers_fenced_total{reason="pages"} 1.0' in text

@@ -92,6 +92,13 @@ def test_nobody_yields_who_would_have_less_than_its_share() -> None:
     assert given(scheduler) == []
 
 
+def test_nobody_yields_who_has_just_its_share() -> None:
+    """Of four sequences two tenants have two each and a third tenant comes: without one they would have 1 < 4/3."""
+    scheduler = flooded(tenants="ffgg", preempt_below_share=1.0)
+    scheduler.submit(of("q", "q1"), 0.0)
+    assert given(scheduler) == []
+
+
 @pytest.mark.parametrize(("weight", "yields"), [(1.0, True), (4.0, False)])
 def test_weights_count(weight: float, yields: bool) -> None:
     """Of six sequences a fifth is q's share beside a tenant of weight 4: one is more than half of that."""

@@ -27,6 +27,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _wait(rows: Sequence[Row]) -> Any:
+    rows = [row for row in rows if row["popularity"] == "uniform"]
     ratios = sorted({row["load_to_step_ratio"] for row in rows})
     figure, axes = pyplot.subplots(1, len(ratios), figsize=(5 * len(ratios), 3.6), squeeze=False)
     for axis, ratio in zip(axes[0], ratios, strict=True):

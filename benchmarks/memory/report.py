@@ -34,26 +34,41 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 def _wait(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    names = ["load / step", "in play / fit", "system", "TTFT p50 ms", "p99 ms", "x own 1x", "adapter wait p50 ms"]
+    names = [
+        "load / step",
+        "popularity",
+        "in play / fit",
+        "system",
+        "TTFT p50 ms",
+        "p99 ms",
+        "x own 1x",
+        "adapter wait p50 ms",
+    ]
     names += ["p90 ms", "sum s", "loads"]
-    first = {(row["system"], row["load_to_step_ratio"]): row["ttft_p50_ms"] for row in rows if row["multiple"] == 1}
+    names.append("mean step ms")
+
+    def case(row: Row) -> tuple[object, ...]:
+        return row["system"], row["load_to_step_ratio"], row["popularity"]
+
+    first = {case(row): row["ttft_p50_ms"] for row in rows if row["multiple"] == 1}
     lines = []
     for row in rows:
-        growth = row["ttft_p50_ms"] / first[row["system"], row["load_to_step_ratio"]]
+        growth = row["ttft_p50_ms"] / first[case(row)]
         cells = [
             row["load_to_step_ratio"],
+            row["popularity"],
             f"{row['multiple']}x",
             row["system"],
             row["ttft_p50_ms"],
             row["ttft_p99_ms"],
         ]
         cells += [f"{growth:.2f}", row["adapter_wait_p50_ms"], row["adapter_wait_p90_ms"], row["adapter_wait_seconds"]]
-        lines.append([*cells, row["loads"]])
+        lines.append([*cells, row["loads"], row["step_mean_ms"]])
     rate = f"{rows[0]['requests_per_second']} requests/s, 70 % of {rows[0]['capacity_requests_per_second']}"
     step = f"a decode step takes {rows[0]['decode_step_ms']} ms"
     return (
-        f"**Time to the first token.** {_about(rows)} {rate}; {step}; {rows[0]['requests']} requests a run.\n\n"
-        + _table(names, lines)
+        f"**Time to the first token.** {_about(rows)} {rate}; {step}; {rows[0]['requests']} requests a run, "
+        f"the median of {rows[0]['runs']} runs.\n\n" + _table(names, lines)
     )
 
 

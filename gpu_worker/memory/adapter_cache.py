@@ -80,8 +80,8 @@ class AdapterCache:
         self._loads = 0
         self._adapters: dict[str, ResidentAdapter] = {}
         self._operator_pinned: dict[str, ResidentAdapter] = {}
-        # (demand, demand_at) of adapters that are not resident, the last to leave last
-        self._remembered: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        # (demand, demand_at, bytes) of adapters that are not resident, the last to leave last
+        self._remembered: OrderedDict[str, tuple[float, int, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -99,9 +99,16 @@ class AdapterCache:
         table = ModuleTable.of(layout, self._geometry.num_layers)
         self._loads += 1
         adapter = ResidentAdapter(self._loads, adapter_version, layout, table, pages)
-        adapter.demand, adapter.demand_at = self._remembered.pop(adapter_version, (0.0, 0))
+        adapter.demand, adapter.demand_at, _ = self._remembered.pop(adapter_version, (0.0, 0, 0))
         self._adapters[adapter_version] = adapter
         return adapter
+
+    def reload_seconds_per_page(self, adapter_version: str) -> float:
+        """What it takes to bring an adapter that left back, shared out over its pages; 0 when it is here or unknown."""
+        if adapter_version not in self._remembered:
+            return 0.0
+        num_bytes = self._remembered[adapter_version][2]
+        return self._costs.load_seconds(adapter_version, num_bytes) / self._geometry.pages_for_bytes(num_bytes)
 
     def finish_loading(self, adapter_version: str) -> ResidentAdapter:
         adapter = self._adapters[adapter_version]
@@ -162,7 +169,7 @@ class AdapterCache:
         self._allocator.free(adapter.pages, adapter.last_step)
         # Who was foreseen and comes too late is counted then.
         demand = max(0.0, adapter.demand - adapter.foreseen)
-        self._remembered[adapter_version] = demand, adapter.demand_at
+        self._remembered[adapter_version] = demand, adapter.demand_at, adapter.layout.total_bytes
         if len(self._remembered) > MAX_KNOWN_ADAPTERS:
             self._remembered.popitem(last=False)
         return adapter

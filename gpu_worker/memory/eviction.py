@@ -31,6 +31,9 @@ class EvictionPolicy(Protocol):
     def rank(self, worth: float) -> float:
         """The place of a candidate of which somebody let go just now."""
 
+    def raised(self, rank: float, worth: float) -> float:
+        """The place of a candidate in line that turns out to be worth so much more."""
+
     def evicted(self, rank: float) -> None:
         """The candidate of this rank, the smallest, was evicted."""
 
@@ -43,6 +46,9 @@ class GreedyDual:
 
     def rank(self, worth: float) -> float:
         return self._floor + worth
+
+    def raised(self, rank: float, worth: float) -> float:
+        return rank + worth
 
     def evicted(self, rank: float) -> None:
         self._floor = rank
@@ -57,6 +63,9 @@ class LeastRecentlyUsed:
     def rank(self, worth: float) -> float:
         self._releases += 1
         return self._releases
+
+    def raised(self, rank: float, worth: float) -> float:
+        return rank
 
     def evicted(self, rank: float) -> None:
         """The order of release is all that counts."""
@@ -86,6 +95,11 @@ class Candidate(ABC):
     @abstractmethod
     def num_pages(self) -> int:
         """Pages that an eviction gives."""
+
+    @property
+    def expected_demand(self) -> float:
+        """What its demand so far lets expect, compared with other candidates."""
+        return self.demand
 
     @property
     def exposed(self) -> bool:
@@ -126,7 +140,7 @@ class EvictionQueue:
 
     def add(self, candidate: Candidate, seconds: float) -> None:
         """Nobody uses the candidate, which takes `seconds` to bring back; evictable once its last step is over."""
-        candidate.rank = self._policy.rank(candidate.demand * seconds / candidate.num_pages)
+        candidate.rank = self._policy.rank(candidate.expected_demand * seconds / candidate.num_pages)
         if candidate.last_step <= self._completed_step:
             self._make_evictable(candidate)
             return
@@ -142,6 +156,12 @@ class EvictionQueue:
 
     def restore(self, candidate: Candidate) -> None:
         """The candidate was discarded for a moment only: it gets its place back."""
+        self._make_evictable(candidate)
+
+    def defer(self, candidate: Candidate, seconds: float) -> None:
+        """Puts the candidate popped last back in line: to bring it back would take `seconds` more."""
+        worth = candidate.expected_demand * seconds / candidate.num_pages
+        candidate.rank = self._policy.raised(candidate.rank, worth)
         self._make_evictable(candidate)
 
     def expose(self, candidate: Candidate) -> None:

@@ -65,8 +65,8 @@ class KVCache:
             parent = table.prefix[-1] if table.prefix else None
             table.prefix.append(self._prefixes.publish(keys[index], table.pages[index], parent))
 
-    def release(self, sequence_id: str, last_step: int, *, returning: bool = False) -> None:
+    def release(self, sequence_id: str, last_step: int, *, returning: bool = False, adapter_version: str = "") -> None:
         """Frees the sequence's own pages and lets go of the cached ones; launched step `last_step` may touch them."""
         table = self._tables.pop(sequence_id)
         self._allocator.free(table.own_pages(), last_step)
-        self._prefixes.release(table.prefix, last_step, returning=returning)
+        self._prefixes.release(table.prefix, last_step, returning=returning, adapter_version=adapter_version)

@@ -125,7 +125,7 @@ class MemoryManager:
 
         `returning`: the sequence was preempted and will want its pages again.
         """
-        self.kv.release(sequence_id, last_step, returning=returning)
+        self.kv.release(sequence_id, last_step, returning=returning, adapter_version=adapter_version)
         if adapter := self.adapters.get(adapter_version):
             self.adapters.release(adapter)
 
@@ -191,10 +191,21 @@ class MemoryManager:
             if isinstance(victim, ResidentAdapter):
                 self.evict(victim.adapter_version)
                 self.evictions += 1
-            elif isinstance(victim, PrefixPage):
+            elif isinstance(victim, PrefixPage) and not self._deferred(victim):
                 self.prefixes.evict(victim)
                 self.prefix_evictions += 1
         return True
+
+    def _deferred(self, page: PrefixPage) -> bool:
+        """Puts a page back in line, once, whose adapter left after it: to compute it again the adapter must come back.
+
+        Looked at when its turn comes, so that an adapter's eviction costs nothing for each page of its prefixes.
+        """
+        seconds = 0.0 if page.carries_reload else self.adapters.reload_seconds_per_page(page.adapter_version)
+        if seconds:
+            page.carries_reload = True
+            self._queue.defer(page, seconds)
+        return bool(seconds)
 
     def _make_room_beside(self, num_pages: int, keep: Collection[str]) -> bool:
         """`_make_room` that leaves the adapters of `keep` where they are."""

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 from gpu_worker.memory.allocator import IntegrityError, PageAllocator, PageKind
 from gpu_worker.memory.costs import CostModel
@@ -52,10 +53,19 @@ class PrefixPage(Candidate):
     references: int = 1
     # cached pages whose parent it is
     children: int = 0
+    # Of whoever let go of it last; empty for the base model.
+    adapter_version: str = ""
+    # Its place in line counts the reload of its adapter, which had left.
+    carries_reload: bool = False
 
     @property
     def num_pages(self) -> int:
         return 1
+
+    @property
+    def expected_demand(self) -> float:
+        """Hits so far promise fewer to come: a conversation ends, while an adapter's users stay."""
+        return sqrt(self.demand)
 
     @property
     def exposed(self) -> bool:
@@ -105,8 +115,10 @@ class PrefixCache:
             self._allocator.relabel([page.page], PageKind.KV)
         page.references += 1
 
-    def release(self, pages: Sequence[PrefixPage], last_step: int, *, returning: bool) -> None:
-        """A table lets go of its pages; launched step `last_step` may still touch them.
+    def release(
+        self, pages: Sequence[PrefixPage], last_step: int, *, returning: bool, adapter_version: str = ""
+    ) -> None:
+        """A table lets go of its pages, computed with an adapter; launched step `last_step` may still touch them.
 
         `returning`: the sequence was preempted and will want them again, which counts as demand.
         """
@@ -118,6 +130,7 @@ class PrefixCache:
             if page.references:
                 continue
             page.last_step = last_step
+            page.adapter_version, page.carries_reload = adapter_version, False
             self._allocator.relabel([page.page], PageKind.PREFIX)
             self._queue.add(page, seconds)
 

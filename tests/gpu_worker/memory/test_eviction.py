@@ -167,3 +167,22 @@ def test_void_entries_do_not_pile_up(policy: EvictionPolicy) -> None:
         queue.add(things[0], 1.0)
     assert len(queue._heap) < 100
     assert sorted(order(queue)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.5, "ab"), (1.5, "ba")])
+def test_what_is_put_back_for_a_dearer_return_has_a_place_of_its_own(
+    queue: EvictionQueue, seconds: float, expected: str
+) -> None:
+    leave(queue, "a", seconds=1.0)
+    leave(queue, "b", seconds=2.0)
+    queue.defer(queue.pop(), seconds)
+    assert queue.evictable_pages == 2
+    assert order(queue) == expected
+
+
+def test_the_baseline_does_not_ask_what_a_return_costs() -> None:
+    queue = EvictionQueue(LeastRecentlyUsed())
+    for name in "ab":
+        leave(queue, name)
+    queue.defer(queue.pop(), 9.0)
+    assert order(queue) == "ab"

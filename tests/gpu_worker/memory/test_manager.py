@@ -176,3 +176,30 @@ def test_only_the_pool_knows_torch() -> None:
                 names = [node.module]
             with_torch |= {path.name for name in names if name.split(".")[0] == "torch"}
     assert with_torch == {"pool.py"}
+
+
+@pytest.mark.parametrize(("left", "kept"), [(True, b"a"), (False, b"base")])
+def test_pages_whose_adapter_left_carry_its_reload(memory: MemoryManager, left: bool, kept: bytes) -> None:
+    """Two cached pages, computed alike; the adapter's was let go of first."""
+    for name, adapter, layout in (("a", "a", layout_of_pages(2)), ("base", "", None)):
+        assert memory.admit(name, PAGE, adapter, layout)
+        if adapter:
+            memory.finish_loading(adapter, 9.0)
+        memory.publish(name, [name.encode()])
+        memory.release(name, adapter, 0)
+    if left:
+        memory.evict("a")
+    else:
+        memory.adapters.set_operator_pin("a", pinned=True)
+    assert memory.admit("s", (NUM_PAGES - 1 - (0 if left else 2)) * PAGE, "", None)
+    assert [page.key for page in memory.prefixes] == [kept]
+
+
+def test_pages_that_carry_a_reload_yield_when_all_are_wanted(memory: MemoryManager) -> None:
+    memory.admit("a", 3 * PAGE, "a", layout_of_pages(2))
+    memory.finish_loading("a", 9.0)
+    memory.publish("a", [b"0", b"1", b"2"])
+    memory.release("a", "a", 0)
+    memory.evict("a")
+    assert memory.admit("s", NUM_PAGES * PAGE, "", None)
+    memory.check_integrity()

@@ -26,7 +26,10 @@ EXEMPT = {
     "PrefixCache.acquire: self._queue.wanted(page)": "order",
     "PrefixCache.release: if returning:": "order",
     "PrefixCache.release: self._queue.wanted(page)": "order",
-    "EvictionQueue.add: candidate.rank = self._policy.rank(candidate.demand * seconds / candidate.num_pages)": "order",
+    "PrefixCache.release: page.adapter_version, page.carries_reload = (adapter_version, False)": "order",
+    "EvictionQueue.add: candidate.rank = "
+    "self._policy.rank(candidate.expected_demand * seconds / candidate.num_pages)": "order",
+    "EvictionQueue.defer: candidate.rank = self._policy.raised(candidate.rank, worth)": "order",
     "EvictionQueue.pop: self._policy.evicted(rank)": "order",
     "EvictionQueue.restore: self._make_evictable(candidate)": "rare in the machine; test_eviction.py",
     "EvictionQueue._push: self._valid += 1": "when void entries are swept out",
@@ -36,15 +39,21 @@ EXEMPT = {
     "EvictionQueue._void: self._valid -= 1": "when void entries are swept out",
     "AdapterCache.__len__: return len(self._adapters)": "a reader",
     "AdapterCache.add_loading: self._loads += 1": "the runner's key for its tables",
-    "AdapterCache.add_loading: adapter.demand, adapter.demand_at = "
-    "self._remembered.pop(adapter_version, (0.0, 0))": "order",
+    "AdapterCache.add_loading: adapter.demand, adapter.demand_at, _ = "
+    "self._remembered.pop(adapter_version, (0.0, 0, 0))": "order",
+    "AdapterCache.reload_seconds_per_page: if adapter_version not in self._remembered:": "order",
+    "AdapterCache.reload_seconds_per_page: return 0.0": "order",
+    "AdapterCache.reload_seconds_per_page: num_bytes = self._remembered[adapter_version][2]": "order",
+    "AdapterCache.reload_seconds_per_page: return self._costs.load_seconds(adapter_version, num_bytes) / "
+    "self._geometry.pages_for_bytes(num_bytes)": "order",
     "AdapterCache.foresee: self._queue.wanted(adapter)": "order",
     "AdapterCache.foresee: adapter.foreseen = True": "order",
     "AdapterCache.acquire: if not adapter.foreseen:": "order",
     "AdapterCache.acquire: self._queue.wanted(adapter)": "order",
     "AdapterCache.acquire: adapter.foreseen = False": "order",
     "AdapterCache.remove: demand = max(0.0, adapter.demand - adapter.foreseen)": "order",
-    "AdapterCache.remove: self._remembered[adapter_version] = (demand, adapter.demand_at)": "order",
+    "AdapterCache.remove: self._remembered[adapter_version] = "
+    "(demand, adapter.demand_at, adapter.layout.total_bytes)": "order",
     "AdapterCache.remove: if len(self._remembered) > MAX_KNOWN_ADAPTERS:": "a bound on what is remembered",
     "AdapterCache.remove: self._remembered.popitem(last=False)": "a bound on what is remembered",
     "AdapterCache.remove: return adapter": "a convenience for tests",

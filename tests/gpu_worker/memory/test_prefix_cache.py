@@ -3,7 +3,7 @@
 import pytest
 
 from gpu_worker.memory.manager import MemoryManager
-from gpu_worker.memory.prefix_cache import PrefixKeys
+from gpu_worker.memory.prefix_cache import PrefixKeys, PrefixPage
 from tests.gpu_worker.support import SMALL_PAGES, layout_of_pages
 
 NUM_PAGES = 10
@@ -213,3 +213,9 @@ def test_prefix_pages_and_adapters_stand_in_one_line(memory: MemoryManager) -> N
         seen.append(({adapter.adapter_version for adapter in memory.adapters}, memory.counts().prefix))
         memory.release("large", "", 0)
     assert seen == [({"dear"}, 4), ({"dear"}, 0)]
+
+
+def test_many_hits_of_a_page_promise_less_than_as_many() -> None:
+    page = PrefixPage(b"key", 0, None)
+    page.demand = 9.0
+    assert page.expected_demand == 3.0

@@ -138,9 +138,10 @@ class Pair:
     def __init__(self, redis_url: str) -> None:
         self._options = ["--redis", redis_url, "--lease-seconds", str(LEASE_SECONDS)]
         self._options += ["--recovery-seconds", "0", "--drain-seconds", "0"]
-        self.active, self.standby = self._start(), self._start()
+        self.active = self.start()
+        self.standby = self.active
 
-    def _start(self) -> SchedulerProcess:
+    def start(self) -> SchedulerProcess:
         command = [sys.executable, "-m", "scheduler", "--port", "0", "--metrics-port", "0", *self._options]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -161,11 +162,12 @@ class Pair:
 @pytest.fixture
 async def pair(redis_server: RedisServer) -> AsyncIterator[Pair]:
     pair = Pair(redis_server.url)
-    if await pair.standby.health(SERVICE) == SERVING:
-        pair.active, pair.standby = pair.standby, pair.active
-    await pair.active.becomes_active()
-    yield pair
-    pair.stop()
+    try:
+        await pair.active.becomes_active()
+        pair.standby = pair.start()
+        yield pair
+    finally:
+        pair.stop()
 
 
 async def joined(channel: grpc.aio.Channel) -> tuple[FakeGateway, FakeWorker]:

@@ -44,8 +44,8 @@ KV_PAGES = MAX_SEQUENCES * PAGES.pages_for_tokens(PROMPT_TOKENS + OUTPUT_TOKENS)
 class Options:
     """What is measured; `seconds` is how long the arrivals of each run go on."""
 
-    seconds: float = 5.0
-    rounds: int = 3
+    seconds: float = 4.0
+    rounds: int = 2
     ratios: Sequence[float] = RATIOS
     multiples: Sequence[int] = MULTIPLES
     systems: Sequence[str] = SYSTEMS

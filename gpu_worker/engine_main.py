@@ -34,7 +34,7 @@ from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner, Queue, at_once
 from gpu_worker.models import Decoder, load_model
 from gpu_worker.tier_log import TierLog
-from kernels.cpu.memory import keep_freed_memory, prefer_huge_pages
+from kernels.cpu.memory import keep_freed_memory
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -137,9 +137,7 @@ def _pool_bytes(config: EngineConfig, model: Decoder, geometry: PageGeometry) ->
 def _place(config: EngineConfig, model: Decoder, geometry: PageGeometry, num_pages: int) -> tuple[PagePool, Forward]:
     """The pool, and what runs batches whose indices are on the CPU."""
     if config.device == "cpu":
-        pool = PagePool(geometry, num_pages, "cpu")
-        prefer_huge_pages(pool.bytes)
-        return pool, model
+        return PagePool(geometry, num_pages, "cpu"), model
     from gpu_worker.cuda.place import place
     from kernels.gpu.tiles import set_deterministic
 

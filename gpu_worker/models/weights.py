@@ -10,7 +10,6 @@ from torch import Tensor
 
 from common.base_model import weight_files
 from gpu_worker.models.config import ModelConfig
-from kernels.cpu.memory import prefer_huge_pages
 from kernels.linear import Weight, prepare
 
 # Old checkpoints carry this table of frequencies; it follows from the config.
@@ -121,7 +120,6 @@ class _Allocator:
     def fused(self, names: tuple[str, ...], rows: tuple[int, ...], tail: tuple[int, ...] = ()) -> Tensor:
         """`[sum(rows), *tail]`, the named tensors one below the other."""
         tensor = torch.empty(sum(rows), *tail, dtype=self.dtype, device=self.device)
-        prefer_huge_pages(tensor)
         self.destinations |= zip(names, tensor.split_with_sizes(rows), strict=True)
         return tensor
 

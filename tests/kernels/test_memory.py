@@ -1,11 +1,7 @@
-"""Memory that a step freed is there for the next, and large tensors ask for large pages."""
+"""Memory that a step freed is there for the next."""
 
 import subprocess
 import sys
-
-import torch
-
-from kernels.cpu.memory import prefer_huge_pages
 
 # Page faults of ten steps that each write twelve tensors of 8 MiB and then free them; two more before, to warm up.
 FAULTS = """
@@ -34,26 +30,3 @@ def _faults(how: str) -> int:
 def test_what_was_freed_is_not_asked_for_again() -> None:
     # 4 KiB each: 24,576 a step where everything goes back to the system.
     assert _faults("keep") < 1000 < _faults("as it comes")
-
-
-def _flags(address: int) -> list[str]:
-    """Of the mapping that the address is in, from proc(5), smaps."""
-    inside = False
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            first, _, rest = line.partition(" ")
-            if "-" in first and rest:
-                low, high = (int(part, 16) for part in first.split("-"))
-                inside = low <= address < high
-            elif inside and first == "VmFlags:":
-                return rest.split()
-    raise AssertionError("the address is in no mapping")
-
-
-def test_a_large_tensor_asks_for_huge_pages_and_a_small_one_is_left_alone() -> None:
-    large, plain = torch.empty(2, 1 << 26, dtype=torch.uint8).unbind()
-    assert "hg" not in _flags(large.data_ptr() + large.nbytes // 2)
-    assert prefer_huge_pages(large)
-    assert "hg" in _flags(large.data_ptr() + large.nbytes // 2)
-    assert "hg" not in _flags(plain.data_ptr() + plain.nbytes // 2)
-    assert not prefer_huge_pages(torch.empty(16, dtype=torch.uint8))

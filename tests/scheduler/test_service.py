@@ -177,7 +177,8 @@ async def test_a_new_scheduler_counts_sequences_in_flight_and_does_not_offer_the
     await gateway.submit(make_spec("old"))
     assert await gateway.placed() == ("old", "w0")
     await gateway.submit(make_spec("new", max_tokens=100))
-    assert "would need" in await explain(cell, "new") or (await state(cell)).queued_requests == 1
+    await until(cell, queued_requests=1)
+    assert "would need" in await explain(cell, "new")
     await worker.finish("old")
     assert (await worker.offer()).request.key == make_key("new")
 

@@ -16,7 +16,7 @@ class StoreConfig(RedisConfig, ServiceConfig):
     model_name: str = option("", help="another name of the base model that adapters may have recorded")
     max_adapter_bytes: int = option(2 * 1024**3, help="largest weights file that is taken, in bytes")
     delete_grace_seconds: float = option(
-        3600.0, help="how long the bytes of a deleted adapter stay; longer than any deadline"
+        3600.0, help="how long the bytes of a deleted adapter stay; longer than any request of a gateway"
     )
     disk_reserve_bytes: int = option(256 * 1024**2, help="bytes of the disk that uploads leave free")
     tenant_max_adapters: int = option(0, help="most ids of one tenant; 0 sets no limit")

@@ -17,6 +17,10 @@ class GatewayConfig(RedisConfig, ServiceConfig):
     tokenizer: Path | None = option(None, help="folder with tokenizer.json; the workers send theirs when it is absent")
     max_inflight_requests: int = option(4096, help="generate calls served at once; more are RESOURCE_EXHAUSTED")
     max_message_bytes: int = option(4 * 1024 * 1024, help="largest message taken from a client")
+    max_request_seconds: float = option(
+        1800.0,
+        help="longest that a generate call may take, whatever its deadline; shorter than the store's delete grace",
+    )
     scheduler_grace_seconds: float = option(
         5.0, help="how long requests that no worker has yet outlive a lost scheduler before they fail"
     )
@@ -41,6 +45,8 @@ class GatewayConfig(RedisConfig, ServiceConfig):
     def __post_init__(self) -> None:
         """Raises ValueError naming the option that is out of range."""
         RedisConfig.__post_init__(self)
+        if not self.max_request_seconds > 0:
+            raise ValueError(f"max_request_seconds is {self.max_request_seconds}; it must be positive")
         for name in ("tenant_requests_per_minute", "tenant_tokens_per_minute"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

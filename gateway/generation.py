@@ -1,11 +1,12 @@
 """The way of one generate call: check, tokenise, resolve, submit, and turn what the worker sends into answers."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from common.errors import ResourceExhausted
+from common.errors import DeadlineExceeded, ResourceExhausted
 from common.prefix_chain import prefix_hashes
 from gateway import deadlines
 from gateway.answers import AnswerWriter
@@ -48,8 +49,12 @@ class Peers:
 class Generation:
     """One request in flight. `close()` must be called, and frees it everywhere if it has not ended."""
 
-    def __init__(self, in_flight: InFlight, answers: AnswerWriter, started: float, peers: Peers) -> None:
+    def __init__(
+        self, in_flight: InFlight, answers: AnswerWriter, started: float, peers: Peers, max_seconds: float
+    ) -> None:
         self.in_flight = in_flight
+        too_long = DeadlineExceeded("DEADLINE_EXCEEDED", f"a request may take {max_seconds:g} s; and no longer")
+        self._expiry = asyncio.get_running_loop().call_later(max_seconds, in_flight.fail, too_long)
         self._answers = answers
         self._started = started
         self._last_news = started
@@ -69,6 +74,7 @@ class Generation:
     def close(self, cause: "scheduler_pb2.AbortCause.ValueType | None" = None) -> None:
         """Idempotent. Without a cause the client is gone, or its time is up."""
         in_flight = self.in_flight
+        self._expiry.cancel()
         if not self._peers.table.remove(in_flight) or in_flight.ended_remotely:
             return
         abort = scheduler_pb2.Abort(key=in_flight.key, cause=self._cause() if cause is None else cause)
@@ -100,6 +106,8 @@ class Generation:
 
     def _cause(self) -> "scheduler_pb2.AbortCause.ValueType":
         in_flight = self.in_flight
+        if isinstance(in_flight.error, DeadlineExceeded):
+            return scheduler_pb2.ABORT_CAUSE_DEADLINE
         if in_flight.error is not None:
             return scheduler_pb2.ABORT_CAUSE_UNSPECIFIED
         if in_flight.complete:
@@ -123,6 +131,7 @@ class Generator:
         peers: Peers,
         quotas: Quotas,
         max_inflight_requests: int,
+        max_request_seconds: float,
         max_buffered_bytes: int,
         max_message_bytes: int,
     ) -> None:
@@ -132,6 +141,7 @@ class Generator:
         self._peers = peers
         self._quotas = quotas
         self._max_inflight_requests = max_inflight_requests
+        self._max_request_seconds = max_request_seconds
         self._max_buffered_bytes = max_buffered_bytes
         self._max_message_bytes = max_message_bytes
 
@@ -154,7 +164,7 @@ class Generator:
         echo = echo_of(prompt, tokenizer) if spec.output.echo else ""
         answers = AnswerWriter(request_spec, tokenizer, context=context_of(prompt), echo=echo)
         self._peers.table.add(in_flight)
-        generation = Generation(in_flight, answers, started, self._peers)
+        generation = Generation(in_flight, answers, started, self._peers, self._max_request_seconds)
         try:
             self._peers.scheduler.submit(in_flight)
         except BaseException:

@@ -88,6 +88,7 @@ class Gateway:
             peers=peers,
             quotas=self._quotas,
             max_inflight_requests=self._config.max_inflight_requests,
+            max_request_seconds=self._config.max_request_seconds,
             max_buffered_bytes=self._config.max_buffered_bytes,
             max_message_bytes=self._config.max_message_bytes,
         )

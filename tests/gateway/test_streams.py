@@ -5,6 +5,8 @@ import asyncio
 import grpc
 import pytest
 
+from adapter_store.config import StoreConfig
+from gateway.config import GatewayConfig
 from loraplex.v1 import gateway_pb2, scheduler_pb2, types_pb2
 from tests.gateway.conftest import Fleet, StartFleet, ask, failure, read_all, reason_of, retry_seconds_of
 from tests.gateway.fakes import VERSION, token_ids, tokens
@@ -176,6 +178,22 @@ async def test_a_deadline_that_passes_in_the_queue_is_aborted_at_the_scheduler(f
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
     abort = await fleet.scheduler.aborted()
     assert (abort.key, abort.cause) == (spec.key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
+
+
+async def test_no_call_outlives_the_longest_that_is_allowed(start_fleet: StartFleet) -> None:
+    """So that the bytes of an adapter that was deleted, which stay a while, outlive every request for it."""
+    fleet = await start_fleet(max_request_seconds=0.5)
+    call = fleet.api.GenerateStream(ask())
+    spec = await fleet.scheduler.submitted()
+    error = await failure(call)
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert "0.5 s" in (error.details() or "")
+    abort = await fleet.scheduler.aborted()
+    assert (abort.key, abort.cause) == (spec.key, scheduler_pb2.ABORT_CAUSE_DEADLINE)
+
+
+def test_what_was_deleted_stays_longer_than_any_call() -> None:
+    assert StoreConfig.delete_grace_seconds > GatewayConfig.max_request_seconds
 
 
 async def test_an_id_in_flight_is_refused(fleet: Fleet) -> None:

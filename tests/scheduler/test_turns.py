@@ -1,8 +1,11 @@
 """Adapters that take turns, hints to workers, and how long steps and answers get."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from scheduler.core.commands import Action, Offer, Preempt, Prefetch, Reorder, StepBudget
 from scheduler.core.costs import StepFacts
@@ -19,13 +22,13 @@ def actions(scheduler: Scheduler, now: float, worker_id: str = "w0") -> list[Act
     return [command.action for command in scheduler.schedule(now).commands.get(worker_id, [])]
 
 
-def offered(given: list[Action]) -> list[str]:
-    return [action.request.key.request_id for action in given if isinstance(action, Offer)]
+def offered(commands: list[Action]) -> list[str]:
+    return [action.request.key.request_id for action in commands if isinstance(action, Offer)]
 
 
-def crowded(**settings: Any) -> Scheduler:
+def crowded(**changes: Any) -> Scheduler:
     """A worker that runs adapters a, b and c since times 0, 1 and 2, and may run no fourth."""
-    scheduler = make_scheduler(rotation_seconds=2.0, **settings)
+    scheduler = make_scheduler(rotation_seconds=2.0, **changes)
     scheduler.register(make_hello(num_pages=POOL_PAGES), 0.0)
     for index, adapter in enumerate("abc"):
         scheduler.submit(make_request(adapter, adapter, prompt=2, max_tokens=2), float(index))
@@ -85,24 +88,35 @@ def test_what_had_to_yield_comes_back_when_it_has_waited_as_long() -> None:
     assert a.timeline.preempted_seconds == pytest.approx(2.0)
 
 
-def longest_waits(rotation_seconds: float) -> dict[str, float]:
-    """Twelve adapters with endless requests, three of them at a time, those in use first: seconds that each was out."""
+def longest_waits(
+    rotation_seconds: float,
+    *,
+    policy: str = "cluster",
+    cluster_wait_seconds: float = 1e9,
+    num_adapters: int = 12,
+    lengths: Sequence[int] = (20,),
+) -> dict[str, float]:
+    """Adapters with endless requests, three of them at a time, those in use first: seconds that each was out.
+
+    `lengths` are the answers' in tokens, in turn.
+    """
     scheduler = make_scheduler(
-        policy="cluster",
+        policy=policy,
         max_batch_adapters=1,
-        cluster_wait_seconds=1e9,
+        cluster_wait_seconds=cluster_wait_seconds,
         adapter_pool_share=0.1,
         rotation_seconds=rotation_seconds,
     )
     worker = SimulatedWorker("w0", num_pages=60, max_sequences=8)
     worker.epoch = scheduler.register(worker.hello(), 0.0)
-    now, last_run = 0.0, dict.fromkeys((f"x{index:02}" for index in range(12)), 0.0)
+    now, last_run = 0.0, dict.fromkeys((f"x{index:02}" for index in range(num_adapters)), 0.0)
     longest = dict.fromkeys(last_run, 0.0)
     for step in range(1200):
         now = step * 0.05
         queued = {request.adapter for request in scheduler.queue}
         for adapter in sorted(last_run.keys() - queued):
-            scheduler.submit(make_request(f"{adapter}-{step}", adapter, prompt=2, max_tokens=20), now)
+            tokens = lengths[(step + int(adapter[1:])) % len(lengths)]
+            scheduler.submit(make_request(f"{adapter}-{step}", adapter, prompt=2, max_tokens=tokens), now)
         worker.inbox += [(worker.epoch, command) for command in scheduler.schedule(now).commands.get("w0", [])]
         worker.step()
         for sequence in worker.sequences.values():
@@ -118,6 +132,21 @@ def test_every_adapter_is_served_though_few_fit_at_once() -> None:
     assert max(longest_waits(1.0).values()) <= 2 * 11 * 1.0
 
 
+@settings(max_examples=10)
+@example("fair", 6, [4])
+@given(
+    st.sampled_from(["cluster", "fair", "vtc"]),
+    st.integers(4, 12),
+    st.lists(st.integers(4, 40), min_size=1, max_size=6),
+)
+def test_the_wait_of_an_adapter_is_bounded_whatever_is_asked(
+    policy: str, num_adapters: int, lengths: list[int]
+) -> None:
+    """With the default bound on how long adapters in use may go first; without it the example waits for 50 s."""
+    waits = longest_waits(1.0, policy=policy, cluster_wait_seconds=0.5, num_adapters=num_adapters, lengths=lengths)
+    assert max(waits.values()) <= 2 * (num_adapters - 1) * 1.0
+
+
 def test_without_turns_some_adapters_are_never_served() -> None:
     """The negative control of the test above."""
     assert max(longest_waits(1e9).values()) >= 50.0
@@ -128,13 +157,13 @@ def test_adapters_of_the_next_heads_are_fetched_ahead_once() -> None:
     scheduler.register(make_hello(max_sequences=1), 0.0)
     for adapter in "abcd":
         scheduler.submit(make_request(adapter, adapter), 0.0)
-    given = actions(scheduler, 0.0)
-    assert offered(given) == ["a"]
-    assert [action.adapter for action in given if isinstance(action, Prefetch)] == ["b", "c"]
+    first = actions(scheduler, 0.0)
+    assert offered(first) == ["a"]
+    assert [action.adapter for action in first if isinstance(action, Prefetch)] == ["b", "c"]
     scheduler.report("w0", progress("a", Ending.FINISHED), 0.0)
-    given = actions(scheduler, 0.0)
-    assert offered(given) == ["b"]
-    assert [action.adapter for action in given if isinstance(action, Prefetch)] == ["d"]
+    second = actions(scheduler, 0.0)
+    assert offered(second) == ["b"]
+    assert [action.adapter for action in second if isinstance(action, Prefetch)] == ["d"]
 
 
 def test_a_worker_is_told_how_many_tokens_a_step_has_time_for() -> None:

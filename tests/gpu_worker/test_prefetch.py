@@ -209,22 +209,6 @@ def test_who_comes_while_others_wait_starts_nothing(
     assert driver.memory.loading_pages == 0
 
 
-def test_those_who_come_together_do_not_take_each_others_adapter(
-    tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = in_host_tier(tiny_checkpoint, adapters, 4, num_pages=24)
-    for index in range(3):
-        driver.generate(f"again{index}", [2], f"a{index}", max_tokens=1)
-    driver.offer("longer", [2], max_tokens=60, order_key=0)
-    driver.step()
-    # The oldest would go first.
-    offers = [new_offer("s0", PROMPT, "a0"), new_offer("s3", PROMPT, "a3")]
-    with monkeypatch.context() as patch:
-        while_steps_compute(patch, lambda: driver.engine.foresee(offers))
-        driver.step()
-    assert "a0" in resident(driver)
-
-
 def test_tokens_do_not_depend_on_what_is_loaded_while_steps_compute(
     tiny_checkpoint: Path, adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """The engine: one thread that applies commands, places pages, runs a batch and reports, step after step."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import FailedPrecondition
@@ -16,6 +16,7 @@ from gpu_worker.model_runner import ModelRunner
 from gpu_worker.outbox import Outbox
 from gpu_worker.prefetch import Prefetcher
 from gpu_worker.sequence import Sequence, SequenceState
+from gpu_worker.step_books import Flight, StepBooks
 from gpu_worker.step_output import StepOutput
 from gpu_worker.tier_log import TierLog
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
@@ -35,17 +36,6 @@ class EngineLimits:
     max_context_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A launched step whose output nobody has handled."""
-
-    number: int
-    plan: StepPlan
-    output: Callable[[], StepOutput]
-    launched: float
-    schedule_seconds: float
 
 
 class Engine:
@@ -92,14 +82,10 @@ class Engine:
         )
         # Number of the last launched step; the one whose output is not handled yet.
         self._step = 0
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         # The last plan left somebody out who may find pages when nothing is in flight.
         self._short = False
-        self._handled_at = 0.0
-        # Prompt tokens looked up in the prefix cache, and found there, since the last step's statistics.
-        self._prefix_queries = self._prefix_hits = 0
-        # What the last step took; None when there was nothing to run.
-        self._costs: scheduler_pb2.StepCosts | None = None
+        self._books = StepBooks()
         # The last plan computed, admitted or preempted something; the next may find other pages free.
         self._moved = False
 
@@ -146,7 +132,7 @@ class Engine:
 
     def _turn(self) -> engine_pb2.StepStats | None:
         """Launches a step and handles one: the one before, or the same."""
-        self._costs = stats = None
+        self._books.costs = stats = None
         before = self._flight
         if before and self._short:
             stats, before = self._handle(before), None
@@ -164,7 +150,7 @@ class Engine:
         resident = self._memory.adapters.get(adapter_version)
         return resident.layout if resident else self._host.layout(adapter_version)
 
-    def _launch(self, *, in_flight: bool) -> _Flight | None:
+    def _launch(self, *, in_flight: bool) -> Flight | None:
         """Plans a step and starts it; None when there is nothing to run."""
         started = time.perf_counter()
         plan = self._batcher.plan(self._step, in_flight=in_flight)
@@ -177,14 +163,15 @@ class Engine:
         output = self._runner.launch(plan.chunks, self._step)
         for chunk in plan.chunks:
             self._batcher.launch(chunk)
-        return _Flight(self._step, plan, output, started, planned - started)
+        return Flight(self._step, plan, output, started, planned - started)
 
-    def _handle(self, flight: _Flight) -> engine_pb2.StepStats:
+    def _handle(self, flight: Flight) -> engine_pb2.StepStats:
         """Waits for a step and hands its tokens out."""
         with self._loan.lend():
             output = flight.output()
         self._memory.complete(flight.number)
-        stats = self._stats(flight, output)
+        loads, evictions = self._commands.loads, self._memory.evictions
+        stats = self._books.stats(flight, output, loads=loads, evictions=evictions)
         if stats.prefill_tokens:
             share = stats.prefill_tokens / (stats.prefill_tokens + stats.decode_tokens)
             self._memory.costs.prefilled(stats.prefill_tokens, output.forward_seconds * share)
@@ -193,16 +180,7 @@ class Engine:
         if flight.number % PROGRESS_STEPS == 0:
             for sequence in self._batcher.running:
                 self._outbox.changed(sequence)
-        now = time.perf_counter()
-        self._costs = scheduler_pb2.StepCosts(
-            steps=1,
-            # Steps that overlap share their time out.
-            seconds=now - max(flight.launched, self._handled_at),
-            prefill_tokens=stats.prefill_tokens,
-            decode_tokens=stats.decode_tokens,
-            distinct_adapters=stats.distinct_adapters,
-        )
-        self._handled_at = now
+        self._books.handled(flight, stats, time.perf_counter())
         return stats
 
     def _announce(self, plan: StepPlan) -> None:
@@ -213,9 +191,7 @@ class Engine:
             self._outbox.need_adapter(tenant, adapter_version)
         self._load([*plan.loads, *moves.loads])
         for sequence in plan.admitted:
-            if not (sequence.preemptions or sequence.wants_prompt_logprobs):
-                self._prefix_queries += len(sequence.prompt_token_ids)
-                self._prefix_hits += sequence.cached_tokens
+            self._books.admitted(sequence)
             timings = sequence.timings
             timings.admitted = timings.admitted or now
             if sequence.state is SequenceState.RUNNING:
@@ -267,32 +243,6 @@ class Engine:
             return types_pb2.FINISH_REASON_LENGTH
         return types_pb2.FINISH_REASON_UNSPECIFIED
 
-    def _stats(self, flight: _Flight, output: StepOutput) -> engine_pb2.StepStats:
-        plan = flight.plan
-        prefills = [chunk for chunk in plan.chunks if not (chunk.samples and chunk.length == 1)]
-        prefill_tokens = sum(chunk.length for chunk in prefills)
-        queries, hits, self._prefix_queries, self._prefix_hits = self._prefix_queries, self._prefix_hits, 0, 0
-        return engine_pb2.StepStats(
-            prefix_query_tokens=queries,
-            prefix_hit_tokens=hits,
-            prefill_tokens=prefill_tokens,
-            decode_tokens=sum(chunk.length for chunk in plan.chunks) - prefill_tokens,
-            sequences=len(plan.chunks),
-            distinct_adapters=output.distinct_adapters,
-            lora_ranks=output.lora_ranks,
-            prefill_chunks=len(prefills),
-            schedule_seconds=flight.schedule_seconds,
-            forward_seconds=output.forward_seconds,
-            sample_seconds=output.sample_seconds,
-            context_tokens=sum(chunk.start + chunk.length for chunk in plan.chunks),
-            preemptions=len(plan.preempted),
-            adapter_loads=self._commands.loads,
-            adapter_evictions=self._memory.evictions,
-            backend_calls=[
-                engine_pb2.BackendCalls(backend=backend, calls=calls) for backend, calls in output.backend_calls.items()
-            ],
-        )
-
     def _report(self, stats: engine_pb2.StepStats | None) -> engine_pb2.StepResult:
         result = self._outbox.take()
         result.step_number = self._step
@@ -306,6 +256,6 @@ class Engine:
         report.memory.CopyFrom(self._tiers.usage())
         report.waiting_sequences = self._batcher.num_waiting
         report.running_sequences = self._batcher.num_running
-        if self._costs is not None:
-            report.costs.CopyFrom(self._costs)
+        if self._books.costs is not None:
+            report.costs.CopyFrom(self._books.costs)
         return result

@@ -67,6 +67,19 @@ test-triton: install stubs $(WITH_TRITON) ## Triton kernels in the interpreter a
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m triton $(ARGS)
 	$(BIN)/pytest -m aot tests/kernels
 
+# The oldest and the newest that pyproject.toml allows; each is unpacked beside the environment, not into it.
+TRITONS ?= 3.6.0 3.9.0
+build/triton-%: | $(INSTALLED)
+	$(BIN)/pip install --no-deps --target $@.part 'triton==$*'
+	mv $@.part $@
+
+.PHONY: test-aot
+test-aot: install $(TRITONS:%=build/triton-%) ## Compile the Triton kernels with other versions of triton too; no GPU needed
+	for folder in $(TRITONS:%=build/triton-%); do \
+	  echo "$$folder-$$(PYTHONPATH=$$folder $(BIN)/python -c 'import triton; print(triton.__version__)')" | grep -E '(-.*)\1$$' && \
+	  PYTHONPATH=$$folder TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q -m aot tests/kernels || exit 1; \
+	done
+
 aot-table: install $(WITH_TRITON) ## Compile the Triton kernels for sm_80 and sm_90 and rewrite the table in docs/performance.md
 	$(BIN)/python -m benchmarks.gpu.ahead_of_time
 

@@ -48,7 +48,8 @@ def rows(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Row]:
 
 
 def table(found: list[Row]) -> str:
-    """One line a kernel of a configuration; a cell has registers, shared bytes and spilled bytes."""
+    """One line a kernel of a configuration; a cell has registers, shared bytes and spilled bytes. Where architectures
+    differ in warps or stages, these stand in the architectures' order."""
     lines = [
         "| model | step | kernel | warps | stages | " + " | ".join(ARCHITECTURES) + " |",
         "|---|---|---|---|---|" + "---|" * len(ARCHITECTURES),
@@ -58,7 +59,11 @@ def table(found: list[Row]) -> str:
         by_name.setdefault(row.name, []).append(row)
     for name, same in by_name.items():
         used = [f"{r.registers}, {r.shared_bytes}, {r.spill_bytes}" for r in (row.resources for row in same)]
-        lines.append("| " + " | ".join([*name, str(same[0].num_warps), str(same[0].num_stages), *used]) + " |")
+        warps, stages = (
+            sizes[0] if len(set(sizes)) == 1 else ", ".join(sizes)
+            for sizes in zip(*((str(row.num_warps), str(row.num_stages)) for row in same), strict=True)
+        )
+        lines.append("| " + " | ".join([*name, warps, stages, *used]) + " |")
     return "\n".join(lines)
 
 

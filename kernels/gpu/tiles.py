@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: a small checked-in table by operation, shape class and architecture.
 
 The choice is pure. `make tune-gpu` writes `tiles.json` with the hardware it ran on; entries of architecture "any" are
-defaults that nobody has measured.
+defaults that nobody has measured. Those that `hardware` does not name are chosen so that nothing spills.
 """
 
 import json
@@ -45,7 +45,7 @@ class Table:
         return cls(document["hardware"], tiles)
 
     def choose(self, op: str, shape_class: str, architecture: str) -> Tile:
-        """The measured tile of the architecture, else the default. Raises KeyError for an unknown op or class."""
+        """The tile of the architecture, else the default. Raises KeyError for an unknown op or class."""
         return self.tiles.get((op, shape_class, architecture)) or self.tiles[op, shape_class, ANY]
 
 

@@ -28,6 +28,7 @@ class StoreConfig(RedisConfig, ServiceConfig):
     def __post_init__(self) -> None:
         """Raises ValueError naming the option that is out of range."""
         RedisConfig.__post_init__(self)
+        ServiceConfig.__post_init__(self)
         if self.max_adapter_bytes < 1:
             raise ValueError(f"max_adapter_bytes is {self.max_adapter_bytes}; it must be at least 1")
         if not self.delete_grace_seconds >= 0:

@@ -5,6 +5,7 @@ import json
 import grpc
 
 from common.server import KEEPALIVE_OPTIONS
+from common.tls import PemFiles, channel_credentials
 
 # Tokenizer files of large vocabularies travel in one message.
 INTERNAL_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -24,14 +25,18 @@ _CLIENT_OPTIONS = [
 ]
 
 
-def connect(address: str, *, service: str = "") -> grpc.aio.Channel:
+def connect(address: str, *, service: str = "", tls: PemFiles | None = None) -> grpc.aio.Channel:
     """A channel to another of our services at `HOST:PORT`, or any target that gRPC knows. Connects lazily.
 
     With the full name of a service, calls go only to those addresses behind the target whose health says that they
-    serve it (gRFC A17): the active one of several schedulers. The caller closes the channel.
+    serve it (gRFC A17): the active one of several schedulers. With `tls` the peer must show a certificate of that
+    authority for the name in the address, and is shown ours if there is one. The caller closes the channel.
+    Raises OSError and ValueError where the files cannot be used.
     """
     options: list[tuple[str, int | str]] = [*KEEPALIVE_OPTIONS, *_CLIENT_OPTIONS]
     if service:
         config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
         options.append(("grpc.service_config", json.dumps(config)))
+    if tls is not None:
+        return grpc.aio.secure_channel(address, channel_credentials(tls.read()), options=options)
     return grpc.aio.insecure_channel(address, options=options)

@@ -13,6 +13,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.tls import PemFiles
+
 MAX_PORT = 65535
 
 _Config = TypeVar("_Config")
@@ -34,12 +36,53 @@ class ServiceConfig:
     metrics_port: int = option(0, help="port of /metrics; 0 takes a free one")
     log_level: str = option("info", help="lowest level that is logged", choices=("debug", "info", "warning", "error"))
     drain_seconds: float = option(10.0, help="how long calls in flight may go on after SIGTERM")
+    tls_cert: Path | None = option(None, help="PEM file of this service's certificate; with it the gRPC port is TLS")
+    tls_key: Path | None = option(None, help="PEM file of that certificate's key")
+    tls_ca: Path | None = option(
+        None, help="PEM file of the authority of our services: those that are called must have a certificate of it"
+    )
+    tls_require_client: bool = option(False, help="refuse callers without a certificate of that authority")
+    tls_client_cert: Path | None = option(
+        None, help="PEM file of the certificate shown to services that are called; default: this service's own"
+    )
+    tls_client_key: Path | None = option(None, help="PEM file of that certificate's key")
+    health_port: int | None = option(
+        None, help="port that answers health alone, never by TLS, for probes; 0 takes a free one; default: none"
+    )
 
     def __post_init__(self) -> None:
-        for name, number in (("port", self.port), ("metrics_port", self.metrics_port)):
+        """Raises ValueError naming the option that is out of range, or that needs another."""
+        for name, number in (
+            ("port", self.port),
+            ("metrics_port", self.metrics_port),
+            ("health_port", self.health_port),
+        ):
             # gRPC takes the remainder of a larger one, and listens there.
-            if not 0 <= number <= MAX_PORT:
+            if number is not None and not 0 <= number <= MAX_PORT:
                 raise ValueError(f"{name} is {number}; it must be 0 to {MAX_PORT}")
+        for name in ("tls", "tls_client"):
+            if (getattr(self, f"{name}_cert") is None) != (getattr(self, f"{name}_key") is None):
+                raise ValueError(f"{name}_cert and {name}_key need each other")
+        if self.tls_require_client and (self.tls_cert is None or self.tls_ca is None):
+            raise ValueError("tls_require_client needs tls_cert and tls_ca")
+        if self.tls_client_cert is not None and self.tls_ca is None:
+            raise ValueError("tls_client_cert needs tls_ca: without it services are called without TLS")
+
+    @property
+    def server_files(self) -> PemFiles | None:
+        """What callers are shown, and checked by; None without TLS."""
+        if self.tls_cert is None:
+            return None
+        return PemFiles(self.tls_cert, self.tls_key, self.tls_ca if self.tls_require_client else None)
+
+    @property
+    def client_files(self) -> PemFiles | None:
+        """What services that we call are checked by, and shown; None without TLS."""
+        if self.tls_ca is None:
+            return None
+        if self.tls_client_cert is not None:
+            return PemFiles(self.tls_client_cert, self.tls_client_key, self.tls_ca)
+        return PemFiles(self.tls_cert, self.tls_key, self.tls_ca)
 
 
 def parse(config_class: type[_Config], program: str, argv: Sequence[str] | None = None) -> _Config:

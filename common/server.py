@@ -19,6 +19,7 @@ from common.config import ServiceConfig, parse
 from common.interceptors import ErrorInterceptor
 from common.logs import set_up_logs
 from common.metrics import LifeMetrics, new_registry, serve_metrics
+from common.tls import RenewedPem, server_credentials
 
 _log = logging.getLogger(__name__)
 _Config = TypeVar("_Config", bound=ServiceConfig)
@@ -47,7 +48,10 @@ class Server:
     """
 
     def __init__(self, config: ServiceConfig, *, max_message_bytes: int = 4 * 1024 * 1024) -> None:
+        """Raises OSError and ValueError where the files of a certificate cannot be used."""
         self._config = config
+        files = config.server_files
+        self._pem = None if files is None else RenewedPem(files)
         options = [
             *_SERVER_OPTIONS,
             ("grpc.max_receive_message_length", max_message_bytes),
@@ -59,6 +63,7 @@ class Server:
         interceptors = [CallInterceptor(self.registry), ErrorInterceptor()]
         self.grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health_aio.HealthServicer()
+        self._probes: grpc.aio.Server | None = None
         self._services: list[str] = []
         self.ready = asyncio.Event()
 
@@ -71,14 +76,14 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self.grpc)
-        address = f"{self._config.host}:{self._config.port}"
-        try:
-            port = self.grpc.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise OSError(f"cannot listen on {address}: is another process using the port?")
-        self.address = f"{self._config.host}:{port}"
+        credentials = None
+        if self._pem is not None:
+            credentials = server_credentials(self._pem, require_client=self._config.tls_require_client)
+        self.address = _listen(self.grpc, self._config.host, self._config.port, credentials)
+        if self._config.health_port is not None:
+            self._probes = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+            self.health_address = _listen(self._probes, self._config.host, self._config.health_port, None)
         try:
             self._metrics = serve_metrics(self.registry, self._config.host, self._config.metrics_port)
         except OSError as error:
@@ -88,6 +93,8 @@ class Server:
         self._lag = asyncio.create_task(self._life.watch_lag())
         await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
         await self.set_ready(False)
+        if self._probes is not None:
+            await self._probes.start()
         await self.grpc.start()
 
     async def set_ready(self, ready: bool, *, standby: bool = False) -> None:
@@ -114,10 +121,27 @@ class Server:
         """Stops taking calls, gives those in flight the drain time, closes."""
         await self.drain()
         await self.grpc.stop(self._config.drain_seconds)
+        if self._probes is not None:
+            await self._probes.stop(None)
         if self._lag is not None:
             self._lag.cancel()
             await asyncio.gather(self._lag, return_exceptions=True)
         self._metrics.stop()
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> str:
+    """The address. Raises OSError naming it when the port is taken."""
+    address = f"{host}:{port}"
+    try:
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise OSError(f"cannot listen on {address}: is another process using the port?")
+    return f"{host}:{bound}"
 
 
 def announce(service: str, **addresses: str) -> None:

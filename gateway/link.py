@@ -9,6 +9,7 @@ from typing import Generic, TypeVar, cast
 import grpc
 
 from common.channel import connect
+from common.tls import PemFiles
 
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 2.0
@@ -25,11 +26,12 @@ class IncompatiblePeer(Exception):
 class Link(ABC, Generic[_Out, _In]):
     """Says hello, writes what `send()` is given, and hands over what arrives. `run()` is the only task."""
 
-    def __init__(self, peer: str, address: str, service: str = "") -> None:
+    def __init__(self, peer: str, address: str, service: str = "", tls: PemFiles | None = None) -> None:
         """With the full name of a `service`, of several addresses only those are dialled that serve it."""
         self.peer = peer
         self.address = address
         self._service = service
+        self._tls = tls
         # Cleared to let the link end with its stream instead of dialling again.
         self.wanted = True
         self._outbox: asyncio.Queue[_Out] | None = None
@@ -63,7 +65,7 @@ class Link(ABC, Generic[_Out, _In]):
     async def run(self) -> None:
         """Keeps the stream up until cancelled or no longer wanted."""
         backoff = FIRST_BACKOFF_SECONDS
-        async with connect(self.address, service=self._service) as channel:
+        async with connect(self.address, service=self._service, tls=self._tls) as channel:
             while self.wanted:
                 welcomed = await self._attempt(channel)
                 backoff = FIRST_BACKOFF_SECONDS if welcomed else min(2 * backoff, MAX_BACKOFF_SECONDS)

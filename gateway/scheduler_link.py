@@ -7,6 +7,7 @@ from collections.abc import Callable
 import grpc
 
 from common.errors import Unavailable, from_proto
+from common.tls import PemFiles
 from common.version import PROTOCOL_VERSION
 from gateway.link import IncompatiblePeer, Link
 from gateway.requests import InFlight
@@ -21,10 +22,16 @@ class SchedulerLink(Link[scheduler_pb2.ConnectRequest, scheduler_pb2.ConnectResp
     """Submits and aborts requests; learns where they were placed and which workers there are."""
 
     def __init__(
-        self, address: str, gateway_id: str, workers: WorkerLinks, grace_seconds: float, on_change: Callable[[], None]
+        self,
+        address: str,
+        gateway_id: str,
+        workers: WorkerLinks,
+        grace_seconds: float,
+        on_change: Callable[[], None],
+        tls: PemFiles | None = None,
     ) -> None:
         """`grace_seconds` is how long unplaced requests wait for a lost scheduler before they fail."""
-        super().__init__("scheduler", address, SERVICE)
+        super().__init__("scheduler", address, SERVICE, tls)
         self._epoch = 0
         self._gateway_id = gateway_id
         self._workers = workers

@@ -30,7 +30,8 @@ class Gateway:
     """Everything one gateway process holds."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        """Raises ValueError when the tokenizer folder cannot be used, OSError when the file of a password cannot."""
+        """Raises ValueError when the tokenizer folder cannot be used, OSError when the file of a password or of a
+        certificate cannot."""
         self._config = config
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -43,15 +44,15 @@ class Gateway:
         )
         redis = config.redis_address if config.redis else None
         self._quotas = Quotas(config.quota, redis, self._metrics.quota_fallbacks.inc)
-        self._store_channel = connect(config.adapter_store)
+        self._store_channel = connect(config.adapter_store, tls=config.client_files)
         self._fleet = Fleet(tokenizer)
         self.table = RequestTable(self._metrics.duplicates.inc, self._metrics.gaps.inc)
         self._metrics.stream_buffer.set_function(lambda: self.table.buffered_bytes)
         on_change = self._changed.set
         self._directory = AdapterDirectory(self._store_channel, on_change)
-        self._workers = WorkerLinks(gateway_id, self._fleet, self.table, on_change)
+        self._workers = WorkerLinks(gateway_id, self._fleet, self.table, on_change, config.client_files)
         self._scheduler = SchedulerLink(
-            config.scheduler, gateway_id, self._workers, config.scheduler_grace_seconds, on_change
+            config.scheduler, gateway_id, self._workers, config.scheduler_grace_seconds, on_change, config.client_files
         )
         self._readiness = Readiness(self._scheduler, self._workers, self._directory)
 

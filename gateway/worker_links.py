@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import grpc
 
 from common.errors import Unavailable
+from common.tls import PemFiles
 from common.version import PROTOCOL_VERSION
 from gateway.fleet import Fleet
 from gateway.link import IncompatiblePeer, Link
@@ -25,12 +26,20 @@ class WorkerLinks:
     nobody at first, and running requests must not notice.
     """
 
-    def __init__(self, gateway_id: str, fleet: Fleet, table: RequestTable, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        gateway_id: str,
+        fleet: Fleet,
+        table: RequestTable,
+        on_change: Callable[[], None],
+        tls: PemFiles | None = None,
+    ) -> None:
         """`on_change` is called when a worker is attached or lost."""
         self.gateway_id = gateway_id
         self.fleet = fleet
         self.table = table
         self._on_change = on_change
+        self.tls = tls
         self._links: dict[tuple[str, str], WorkerLink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -108,7 +117,7 @@ class WorkerLink(Link[worker_pb2.AttachRequest, worker_pb2.AttachResponse]):
     """The Attach stream to one worker."""
 
     def __init__(self, worker_id: str, address: str, owner: WorkerLinks) -> None:
-        super().__init__(f"worker {worker_id}", address)
+        super().__init__(f"worker {worker_id}", address, tls=owner.tls)
         self.worker_id = worker_id
         self.draining = False
         # False after the worker turned out to serve something else.

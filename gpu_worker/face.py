@@ -40,7 +40,9 @@ class Face:
         self.cache = BlobCache(config.cache_dir, parse_bytes(config.cache_size))
         self.residency = ResidencyMirror()
         self.warm_set = WarmSet(config.cache_dir)
-        self._fetcher = Fetcher(config.adapter_store, self.cache, metrics, self.send, config.store_volume)
+        self._fetcher = Fetcher(
+            config.adapter_store, self.cache, metrics, self.send, config.store_volume, config.client_files
+        )
         self._step_log = StepLog(config.step_log)
         self._tokenizer_files: dict[str, bytes] = {}
         self._engine: EngineProcess | None = None

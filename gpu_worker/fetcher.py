@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.channel import connect
 from common.errors import DataLoss, LoraplexError, ResourceExhausted, Unavailable, to_proto
+from common.tls import PemFiles
 from common.wire import dtype_from_proto
 from gpu_worker.blob_cache import BlobCache
 from gpu_worker.download import Download, receive
@@ -46,9 +47,10 @@ class Fetcher:
         metrics: WorkerMetrics,
         reply: Callable[[engine_pb2.EngineCommand], None],
         store_volume: Path | None = None,
+        tls: PemFiles | None = None,
     ) -> None:
         """With a `store_volume` adapters are read where they lie; whoever copies them verifies what it copied."""
-        self._channel = connect(adapter_store)
+        self._channel = connect(adapter_store, tls=tls)
         self._store = adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel)
         self._cache = cache
         self._store_volume = store_volume

@@ -7,6 +7,7 @@ import grpc
 
 from common.channel import connect
 from common.errors import LoraplexError
+from common.tls import PemFiles
 from gpu_worker.face import Face
 from loraplex.v1 import engine_pb2, scheduler_pb2, scheduler_pb2_grpc
 
@@ -78,8 +79,8 @@ class ReportBuffer:
 class SchedulerLink:
     """Registers with the scheduler for as long as the worker lives; its loss stops no running stream."""
 
-    def __init__(self, address: str, advertise_address: str, face: Face) -> None:
-        self._channel = connect(address, service=_SERVICE)
+    def __init__(self, address: str, advertise_address: str, face: Face, tls: PemFiles | None = None) -> None:
+        self._channel = connect(address, service=_SERVICE, tls=tls)
         self._advertise_address = advertise_address
         self._face = face
         self._reports = ReportBuffer()

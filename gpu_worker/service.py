@@ -33,7 +33,7 @@ async def serve(config: WorkerConfig) -> None:
         return
     services = (worker_pb2.DESCRIPTOR.services_by_name, memory_pb2.DESCRIPTOR.services_by_name)
     await server.start([descriptor for names in services for descriptor in names.values()])
-    link = SchedulerLink(config.scheduler, config.advertise_address or server.address, face)
+    link = SchedulerLink(config.scheduler, config.advertise_address or server.address, face, config.client_files)
     tasks = [asyncio.create_task(face.run()), asyncio.create_task(face.keep_warm_set())]
     # Before the scheduler knows of this worker: what it had comes back first.
     await _unless_stopped(face.refill(), stop)

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-import grpc
-
 from loraplex import folders, requests, results
-from loraplex.calls import CHANNEL_OPTIONS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
+from loraplex.calls import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_SECONDS, calling, new_request_id
 from loraplex.errors import LoraplexError
 from loraplex.requests import ChatMessage, GenerateOptions, ProgressCallback, Prompt
 from loraplex.results import Adapter, Delta, Generation, Model, PushResult
 from loraplex.retries import Attempts, RetryPolicy
+from loraplex.tls import Tls
 from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 
 _Response = TypeVar("_Response")
@@ -28,10 +27,21 @@ class Client:
     that is refused for now is tried again as `retries` says, but never once a part of the answer was delivered.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, retries: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        retries: RetryPolicy | None = None,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+    ) -> None:
+        """With `ca` (a PEM file, or `"system"` for the public authorities) the gateway must show a certificate of it
+        for the name in `address`; `cert` and `key` are shown to a gateway that asks. Raises ValueError naming a file
+        that cannot be used."""
         self.address = address
         self.retries = retries or RetryPolicy()
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = Tls(ca=ca, cert=cert, key=key).channel(address)
         self._gateway = gateway_pb2_grpc.GatewayServiceStub(self._channel)
         self.adapters = Adapters(adapter_store_pb2_grpc.AdapterStoreServiceStub(self._channel), address)
 

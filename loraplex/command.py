@@ -10,6 +10,7 @@ from loraplex.commands import adapters, explain, generate, memory, status, up
 from loraplex.commands.terminal import one_line
 from loraplex.errors import LoraplexError
 from loraplex.process import FleetError
+from loraplex.tls import TlsError
 
 _DESCRIPTION = "One base model, thousands of LoRA adapters, one batch."
 _EPILOG = """\
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except LoraplexError as error:
         return _fail(describe(error))
-    except (FleetError, OSError) as error:
+    except (FleetError, OSError, TlsError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
@@ -65,6 +66,8 @@ def describe(error: LoraplexError) -> str:
     step = _NEXT_STEPS.get(type(error), "").format(request_id=error.request_id)
     if error.reason == "UNREACHABLE":
         step = "start a fleet with `loraplex up --model DIR`, or name another address"
+    elif error.reason == "TLS_REFUSED":
+        step = "see --ca, --cert and --key"
     elif error.retry_after_seconds is not None:
         step = f"try again in {error.retry_after_seconds:g} s"
     return f"{error}. Next: {step}" if step else str(error)

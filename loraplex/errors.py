@@ -135,8 +135,8 @@ BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
 def from_rpc_error(error: grpc.RpcError, *, address: str, request_id: str = "") -> LoraplexError:
     """The exception for a failed call to `address`; what the table does not name becomes Internal.
 
-    A failure without ErrorInfo was not written by a service: its reason is the name of the status, or UNREACHABLE when
-    nobody answered at the address.
+    A failure without ErrorInfo was not written by a service: its reason is the name of the status, UNREACHABLE when
+    nobody answered at the address, or TLS_REFUSED when one of the two did not take the other.
     """
     call: Any = error
     code: grpc.StatusCode = call.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
@@ -144,10 +144,31 @@ def from_rpc_error(error: grpc.RpcError, *, address: str, request_id: str = "") 
     info, retry_after_seconds = _details(call)
     reason, message = info.reason or code.name, (call.details() if hasattr(error, "details") else "") or code.name
     if error_class is Unavailable and not info.reason:
-        reason, message = "UNREACHABLE", f"nothing answers at {address} ({message})"
+        reason, message = _unreachable(address, message)
     return error_class(
         reason, message, request_id=request_id, retry_after_seconds=retry_after_seconds, metadata=info.metadata
     )
+
+
+def _unreachable(address: str, details: str) -> tuple[str, str]:
+    """Reason and sentence for a call that reached no service."""
+    if sentence := tls_diagnosis(address, details):
+        return "TLS_REFUSED", f"{sentence} ({details})"
+    return "UNREACHABLE", f"nothing answers at {address} ({details})"
+
+
+def tls_diagnosis(address: str, details: str) -> str:
+    """What a failure to connect says about TLS, as a sentence; empty when it says nothing about it."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return f"the certificate of {address} has expired, or is of another authority than the one in `ca`"
+    if "Hostname Verification" in details:
+        return f"the certificate of {address} is for another name than the one in that address"
+    if "WRONG_VERSION_NUMBER" in details:
+        return f"{address} does not speak TLS: leave `ca` out"
+    cut = any(text in details for text in ("Socket closed", "reset by peer", "Broken pipe"))
+    if cut and details.startswith("failed to connect"):
+        return f"{address} hangs up: it wants TLS (give `ca`), or a certificate of its callers (give `cert` and `key`)"
+    return ""
 
 
 def _details(call: Any) -> tuple[error_details_pb2.ErrorInfo, float | None]:

@@ -79,6 +79,7 @@ class SchedulerConfig(RedisConfig, ServiceConfig):
     def __post_init__(self) -> None:
         """Raises ValueError naming the option that is out of range."""
         RedisConfig.__post_init__(self)
+        ServiceConfig.__post_init__(self)
         if not self.lease_seconds > 2 * self.redis_timeout_seconds:
             raise ValueError(
                 f"lease_seconds is {self.lease_seconds}; it must exceed twice redis_timeout_seconds, "

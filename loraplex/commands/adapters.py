@@ -4,9 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from loraplex.client import Client
 from loraplex.commands import import_tree
-from loraplex.commands.terminal import DIGEST_CHARACTERS, ProgressLine, bar, gateway_option, table
+from loraplex.commands.terminal import DIGEST_CHARACTERS, ProgressLine, bar, gateway_client, gateway_option, table
 from loraplex.results import Adapter
 
 _EPILOG = """\
@@ -66,7 +65,7 @@ def run_push(arguments: argparse.Namespace) -> int:
     def show(sent_bytes: int, total_bytes: int) -> None:
         progress.show(f"{bar(sent_bytes, total_bytes)} {arguments.id} {sent_bytes / max(1, total_bytes):.0%}")
 
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         try:
             result = client.adapters.push(arguments.id, arguments.folder, replace=arguments.replace, on_progress=show)
         finally:
@@ -79,7 +78,7 @@ def run_push(arguments: argparse.Namespace) -> int:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         adapters = client.adapters.list()
     print(
         table(["ADAPTER", "VERSION", "RANK", "MIB", "CREATED", "BASE MODEL"], [_row(adapter) for adapter in adapters])
@@ -88,7 +87,7 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         adapter = client.adapters.get(arguments.id)
     print(f"adapter     {adapter.adapter_id}")
     print(f"version     {adapter.adapter_version}")
@@ -110,14 +109,14 @@ def run_show(arguments: argparse.Namespace) -> int:
 
 
 def run_remove(arguments: argparse.Namespace) -> int:
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         for adapter_id in arguments.ids:
             print(f"removed {adapter_id} {client.adapters.delete(adapter_id)}")
     return 0
 
 
 def run_alias(arguments: argparse.Namespace) -> int:
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         version = arguments.source
         if len(version) != 64 or not set(version) <= set("0123456789abcdef"):
             version = client.adapters.get(version).adapter_version
@@ -127,7 +126,7 @@ def run_alias(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         client.adapters.export(arguments.id, arguments.folder)
     print(f"exported {arguments.id} to {arguments.folder}")
     return 0

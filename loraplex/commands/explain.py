@@ -3,10 +3,9 @@
 import argparse
 import os
 
-import grpc
-
 from loraplex.calls import DEFAULT_TIMEOUT_SECONDS, calling
 from loraplex.commands.memory import DEFAULT_SCHEDULER, SCHEDULER_VARIABLE
+from loraplex.commands.terminal import tls_of, tls_options
 from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _EPILOG = """\
@@ -20,6 +19,7 @@ The id is the `request_id` of the answer, or the `x-request-id` that the client 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "explain",
+        parents=[tls_options()],
         help="say why a request waits, or how it went",
         description="Asks the scheduler where a request is and why. Of requests that have ended lately it says\n"
         "how long each part took.",
@@ -38,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     address = arguments.scheduler
-    with grpc.insecure_channel(address) as channel, calling(address) as metadata:
+    with tls_of(arguments).channel(address) as channel, calling(address) as metadata:
         answer = scheduler_pb2_grpc.SchedulerServiceStub(channel).Explain(
             scheduler_pb2.ExplainRequest(request_id=arguments.request_id),
             timeout=DEFAULT_TIMEOUT_SECONDS,

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import cast
 
-from loraplex.client import Client
-from loraplex.commands.terminal import gateway_option
+from loraplex.commands.terminal import gateway_client, gateway_option
 from loraplex.requests import GenerateOptions, Prompt
 from loraplex.results import Generation
 
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     options, prompt, adapter = _options(arguments), _prompt(arguments), arguments.adapter
     # Answers that are produced at the same time would be printed into each other.
     whole = arguments.no_stream or arguments.json or options.get("n", 1) > 1
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         if whole:
             answer = client.generate(prompt, adapter, timeout=arguments.timeout, **options)
             print(json.dumps(asdict(answer)) if arguments.json else _shown(answer))

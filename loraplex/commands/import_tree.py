@@ -2,8 +2,7 @@
 
 import argparse
 
-from loraplex.client import Client
-from loraplex.commands.terminal import ProgressLine, bar, one_line, table
+from loraplex.commands.terminal import ProgressLine, bar, gateway_client, one_line, table
 from loraplex.errors import (
     AlreadyExists,
     Conflict,
@@ -24,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     refused: list[list[object]] = []
     warnings: list[str] = []
     created, progress = 0, ProgressLine()
-    with Client(arguments.gateway) as client:
+    with gateway_client(arguments) as client:
         for count, (adapter_id, folder) in enumerate(adapters.items()):
             progress.show(f"{bar(count, len(adapters))} {count} of {len(adapters)}: {adapter_id}")
             try:

@@ -6,10 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-import grpc
-
 from loraplex.calls import DEFAULT_TIMEOUT_SECONDS, calling
-from loraplex.commands.terminal import DIGEST_CHARACTERS, table
+from loraplex.commands.terminal import DIGEST_CHARACTERS, table, tls_of, tls_options
+from loraplex.tls import Tls
 from loraplex.v1 import memory_pb2, memory_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, types_pb2
 
 SCHEDULER_VARIABLE = "LORAPLEX_SCHEDULER"
@@ -43,6 +42,7 @@ _CLEAR = "\x1b[H\x1b[J"
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "memory",
+        parents=[tls_options()],
         help="show what the workers' memory holds",
         description="Shows each worker's pool of pages, its host tier, its cache folder and its adapters.\n"
         "Follows them on a terminal, prints them once elsewhere.",
@@ -65,11 +65,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
+    tls = tls_of(arguments)
     on_terminal = sys.stdout.isatty()
     watch = arguments.watch or (on_terminal and not arguments.once)
     while True:
-        addresses = arguments.worker or worker_addresses(arguments.scheduler)
-        report = "\n\n".join(describe(*look(address), address, arguments.rows) for address in addresses)
+        addresses = arguments.worker or worker_addresses(arguments.scheduler, tls)
+        report = "\n\n".join(describe(*look(address, tls), address, arguments.rows) for address in addresses)
         print((_CLEAR if watch and on_terminal else "") + (report or "no workers"), flush=True)
         if not watch:
             return 0
@@ -78,17 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
             print()
 
 
-def worker_addresses(scheduler: str) -> list[str]:
+def worker_addresses(scheduler: str, tls: Tls) -> list[str]:
     """Of the workers that the scheduler knows. Raises LoraplexError."""
-    with grpc.insecure_channel(scheduler) as channel, calling(scheduler) as metadata:
+    with tls.channel(scheduler) as channel, calling(scheduler) as metadata:
         stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         state = stub.GetState(scheduler_pb2.GetStateRequest(), timeout=DEFAULT_TIMEOUT_SECONDS, metadata=metadata)
     return [worker.info.address for worker in state.workers]
 
 
-def look(address: str) -> tuple[memory_pb2.GetUsageResponse, Sequence[scheduler_pb2.ResidentAdapter]]:
+def look(address: str, tls: Tls) -> tuple[memory_pb2.GetUsageResponse, Sequence[scheduler_pb2.ResidentAdapter]]:
     """What a worker holds now. Raises LoraplexError."""
-    with grpc.insecure_channel(address) as channel, calling(address) as metadata:
+    with tls.channel(address) as channel, calling(address) as metadata:
         stub = memory_pb2_grpc.MemoryServiceStub(channel)
         usage = stub.GetUsage(memory_pb2.GetUsageRequest(), timeout=DEFAULT_TIMEOUT_SECONDS, metadata=metadata)
         resident = stub.ListResident(

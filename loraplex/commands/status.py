@@ -2,12 +2,10 @@
 
 import argparse
 
-import grpc
-
 from loraplex.calls import DEFAULT_TIMEOUT_SECONDS, calling
-from loraplex.client import Client
-from loraplex.commands.terminal import DIGEST_CHARACTERS, gateway_option, table
+from loraplex.commands.terminal import DIGEST_CHARACTERS, gateway_client, gateway_option, table, tls_of
 from loraplex.results import Model
+from loraplex.tls import Tls
 from loraplex.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _EPILOG = """\
@@ -35,27 +33,28 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    serving = is_serving(arguments.gateway)
+    tls = tls_of(arguments)
+    serving = is_serving(arguments.gateway, tls)
     print(f"gateway {arguments.gateway}: {'serving' if serving else 'not serving'}")
     if serving:
-        with Client(arguments.gateway) as client:
+        with gateway_client(arguments) as client:
             models = client.models()
         print(table(["MODEL", "VERSION", "BASE MODEL", "CONTEXT TOKENS"], [_model_row(model) for model in models]))
     if arguments.scheduler:
-        print_fleet(arguments.scheduler)
+        print_fleet(arguments.scheduler, tls)
     return 0 if serving else 1
 
 
-def is_serving(address: str) -> bool:
+def is_serving(address: str, tls: Tls) -> bool:
     """What the standard health service says. Raises LoraplexError when nobody answers at `address`."""
-    with grpc.insecure_channel(address) as channel, calling(address) as metadata:
+    with tls.channel(address) as channel, calling(address) as metadata:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)
         return bool(check(b"", timeout=DEFAULT_TIMEOUT_SECONDS, metadata=metadata) == _SERVING)
 
 
-def print_fleet(address: str) -> None:
+def print_fleet(address: str, tls: Tls) -> None:
     """The scheduler's view. Raises LoraplexError."""
-    with grpc.insecure_channel(address) as channel, calling(address) as metadata:
+    with tls.channel(address) as channel, calling(address) as metadata:
         scheduler = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         state = scheduler.GetState(scheduler_pb2.GetStateRequest(), timeout=DEFAULT_TIMEOUT_SECONDS, metadata=metadata)
     print(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from loraplex.calls import DEFAULT_ADDRESS
+from loraplex.client import Client
+from loraplex.tls import Tls
 
 GATEWAY_VARIABLE = "LORAPLEX_GATEWAY"
 DIGEST_CHARACTERS = 12
@@ -17,8 +19,8 @@ BAR_CHARACTERS = 20
 
 
 def gateway_option() -> argparse.ArgumentParser:
-    """A parent parser with `--gateway`."""
-    parser = argparse.ArgumentParser(add_help=False)
+    """A parent parser with `--gateway` and the options of TLS."""
+    parser = tls_options()
     parser.add_argument(
         "--gateway",
         metavar="HOST:PORT",
@@ -26,6 +28,31 @@ def gateway_option() -> argparse.ArgumentParser:
         help=f"the gateway to talk to [%(default)s; set by {GATEWAY_VARIABLE}]",
     )
     return parser
+
+
+def tls_options() -> argparse.ArgumentParser:
+    """A parent parser with `--ca`, `--cert` and `--key`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    texts = {
+        "ca": "speak TLS with who has a certificate of this authority; `system`: of the public ones",
+        "cert": "certificate to show when asked for one",
+        "key": "its key",
+    }
+    for name, text in texts.items():
+        variable = f"LORAPLEX_{name.upper()}"
+        default = os.environ.get(variable)
+        parser.add_argument(f"--{name}", metavar="FILE", default=default, help=f"{text} [set by {variable}]")
+    return parser
+
+
+def tls_of(arguments: argparse.Namespace) -> Tls:
+    """Raises TlsError."""
+    return Tls(ca=arguments.ca, cert=arguments.cert, key=arguments.key)
+
+
+def gateway_client(arguments: argparse.Namespace) -> Client:
+    """A client of the gateway that was named. Raises TlsError."""
+    return Client(arguments.gateway, ca=arguments.ca, cert=arguments.cert, key=arguments.key)
 
 
 def program() -> str:

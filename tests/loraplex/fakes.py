@@ -176,8 +176,8 @@ class FakeGateway:
 
 
 @contextmanager
-def running() -> Iterator[tuple[FakeGateway, str]]:
-    """The fake and its address. What it does not answer is UNIMPLEMENTED."""
+def running(credentials: grpc.ServerCredentials | None = None) -> Iterator[tuple[FakeGateway, str]]:
+    """The fake and its address, over TLS with `credentials`. What it does not answer is UNIMPLEMENTED."""
     servicers = (
         gateway_pb2_grpc.GatewayServiceServicer,
         adapter_store_pb2_grpc.AdapterStoreServiceServicer,
@@ -190,7 +190,10 @@ def running() -> Iterator[tuple[FakeGateway, str]]:
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(fake, server)
     check = grpc.unary_unary_rpc_method_handler(fake.check_health, bytes, bytes)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check})])
-    port = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     try:
         yield fake, f"127.0.0.1:{port}"

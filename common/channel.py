@@ -4,8 +4,9 @@ import json
 
 import grpc
 
+from common.renewed_channel import RenewedChannel
 from common.server import KEEPALIVE_OPTIONS
-from common.tls import PemFiles, channel_credentials
+from common.tls import Pem, PemFiles, RenewedPem, channel_credentials
 
 # Tokenizer files of large vocabularies travel in one message.
 INTERNAL_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -30,13 +31,18 @@ def connect(address: str, *, service: str = "", tls: PemFiles | None = None) -> 
 
     With the full name of a service, calls go only to those addresses behind the target whose health says that they
     serve it (gRFC A17): the active one of several schedulers. With `tls` the peer must show a certificate of that
-    authority for the name in the address, and is shown ours if there is one. The caller closes the channel.
+    authority for the name in the address, and is shown ours if there is one; files that are replaced count for
+    calls that begin later. The caller closes the channel.
     Raises OSError and ValueError where the files cannot be used.
     """
     options: list[tuple[str, int | str]] = [*KEEPALIVE_OPTIONS, *_CLIENT_OPTIONS]
     if service:
         config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
         options.append(("grpc.service_config", json.dumps(config)))
-    if tls is not None:
-        return grpc.aio.secure_channel(address, channel_credentials(tls.read()), options=options)
-    return grpc.aio.insecure_channel(address, options=options)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+
+    def dial(pem: Pem) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, channel_credentials(pem), options=options)
+
+    return RenewedChannel(RenewedPem(tls), dial)

@@ -201,6 +201,44 @@ async def test_connections_are_taken_while_the_files_are_away(ours: Authority, p
         assert await ask(server.address, PemFiles(ca=ours.cert)) == "SERVING"
 
 
+@pytest.fixture
+def caller(ours: Authority, tmp_path: Path) -> PemFiles:
+    """Files that tests replace."""
+    installed = ours.issue("first-caller").install(tmp_path)
+    return PemFiles(installed.cert, installed.key, ours.cert)
+
+
+async def test_a_channel_shows_its_new_certificate_to_the_next_call(
+    mutual: Server, ours: Authority, stranger: Authority, caller: PemFiles, tmp_path: Path
+) -> None:
+    """That of a stranger is refused, so it was shown."""
+    async with connect(mutual.address, tls=caller) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="liveness")
+        await stub.Check(request, timeout=TIMEOUT_SECONDS)
+        stranger.issue("next-caller").install(tmp_path)
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await stub.Check(request, timeout=TIMEOUT_SECONDS)
+        assert is_cut(str(refusal.value.details()))
+        ours.issue("last-caller").install(tmp_path)
+        await stub.Check(request, timeout=TIMEOUT_SECONDS)
+
+
+async def test_a_stream_lives_on_when_its_channel_gets_another_certificate(
+    mutual: Server, ours: Authority, caller: PemFiles, tmp_path: Path
+) -> None:
+    async with connect(mutual.address, tls=caller) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="readiness")
+        watch = stub.Watch(request)
+        await watch.read()
+        ours.issue("another-caller").install(tmp_path)
+        await stub.Check(request, timeout=TIMEOUT_SECONDS)
+        await mutual.set_ready(True)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    assert watch.cancelled()
+
+
 def test_what_did_not_change_is_not_read_again(pair: Pair, tmp_path: Path) -> None:
     installed = pair.install(tmp_path)
     renewed = RenewedPem(PemFiles(installed.cert, installed.key))

@@ -1,10 +1,11 @@
 """Asks a release what a user would: is it healthy, does it take an adapter, does it answer? `helm test` runs it.
 
-`python -m deploy.check --gateway HOST:PORT [--adapter FOLDER] [--prompt TEXT] [--expected TEXT]`
+`python -m deploy.check --gateway HOST:PORT [--adapter FOLDER] [--prompt TEXT] [--expected TEXT] [--ca FILE]`
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,17 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import Client, LoraplexError
+from loraplex.errors import from_rpc_error
+from loraplex.tls import Tls, TlsError
 
 ADAPTER_ID = "helm-test"
 _SECONDS = 60.0
 
 
-def check(gateway: str, prompt: str, adapter: Path | None, expected: str) -> str:
+def check(gateway: str, prompt: str, adapter: Path | None, expected: str, ca: str | None = None) -> str:
     """What was seen. Raises AssertionError, LoraplexError or grpc.RpcError where it is not as it should be."""
-    with grpc.insecure_channel(gateway) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service="readiness")
-        status = stub.Check(request, timeout=_SECONDS, wait_for_ready=True).status
-    assert status == health_pb2.HealthCheckResponse.SERVING, "the gateway is not ready"
-    with Client(gateway) as client:
+    assert _health(gateway, ca) == health_pb2.HealthCheckResponse.SERVING, "the gateway is not ready"
+    with Client(gateway, ca=ca) as client:
         name = ""
         if adapter is not None:
             name = ADAPTER_ID
@@ -39,16 +38,33 @@ def check(gateway: str, prompt: str, adapter: Path | None, expected: str) -> str
     return f"healthy; {name or 'the base model'} answers {prompt!r} with {answer!r}"
 
 
+def _health(gateway: str, ca: str | None) -> int:
+    """Asked again while nobody answers, for a minute; a certificate that is refused gets no better. Raises LoraplexError."""
+    deadline = time.monotonic() + _SECONDS
+    with Tls(ca=ca).channel(gateway) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="readiness")
+        while True:
+            try:
+                return int(stub.Check(request, timeout=_SECONDS).status)
+            except grpc.RpcError as error:
+                problem = from_rpc_error(error, address=gateway)
+                if problem.reason != "UNREACHABLE" or time.monotonic() > deadline:
+                    raise problem from None
+            time.sleep(0.2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.check", description=__doc__)
     parser.add_argument("--gateway", required=True, help="HOST:PORT")
     parser.add_argument("--adapter", type=Path, help="folder of a PEFT adapter that is uploaded, asked and deleted")
     parser.add_argument("--prompt", default="Hello")
     parser.add_argument("--expected", default="", help="the whole answer; empty: any")
+    parser.add_argument("--ca", help="authority of the gateway's certificate, or `system`; without it there is no TLS")
     options = parser.parse_args(argv)
     try:
-        print(check(options.gateway, options.prompt, options.adapter, options.expected))
-    except (AssertionError, LoraplexError, grpc.RpcError) as problem:
+        print(check(options.gateway, options.prompt, options.adapter, options.expected, options.ca))
+    except (AssertionError, LoraplexError, TlsError, grpc.RpcError) as problem:
         print(f"failed: {problem}", file=sys.stderr)
         return 1
     return 0

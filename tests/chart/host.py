@@ -23,13 +23,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.adapter_store.redis_server import free_port
-from tests.chart.rendering import RELEASE, Manifest, pod_templates
+from tests.chart.rendering import NAMESPACE, RELEASE, Manifest, pod_templates
 from tests.checkout import ROOT
 
 READY_SECONDS = 100.0
 NOBODY = 65534
 _SCHEDULER = f"{RELEASE}-loraplex-scheduler"
-_PORTS = (50051, 50052, 50053, 50060, 9151, 9152, 9153, 9160, 6379)
+_PORTS = (50051, 50052, 50053, 50060, 9151, 9152, 9153, 9160, 9251, 9252, 9253, 9260, 6379)
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Host:
 
     manifests: list[Manifest]
     folder: Path
+    # Those that the chart refers to and does not make.
+    secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ports: dict[tuple[str, int], int] = field(default_factory=dict)
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
@@ -145,21 +147,30 @@ class Host:
             if "configMap" in volume:
                 files = self._object("ConfigMap", volume["configMap"]["name"])["data"]
             elif "secret" in volume:
-                files = self._object("Secret", volume["secret"]["secretName"])["stringData"]
+                files = self._secret(volume["secret"])
             for file, text in files.items():
                 (folder / file).write_text(self._here(name, text, mounts), encoding="utf-8")
             if not files and os.getuid() == 0:
                 os.chown(folder, NOBODY, NOBODY)
         return mounts
 
+    def _secret(self, volume: Manifest) -> dict[str, str]:
+        """File -> text."""
+        name = volume["secretName"]
+        held = self.secrets[name] if name in self.secrets else self._object("Secret", name)["stringData"]
+        items = volume.get("items", [{"key": key, "path": key} for key in held])
+        return {item["path"]: held[item["key"]] for item in items}
+
     def _here(self, name: str, text: str, mounts: Mapping[str, Path], key: str = "") -> str:
         """A word of the container in the terms of this host."""
-        if key in ("LORAPLEX_PORT", "LORAPLEX_METRICS_PORT"):
+        if key in ("LORAPLEX_PORT", "LORAPLEX_METRICS_PORT", "LORAPLEX_HEALTH_PORT"):
             return str(self.port(name, int(text)))
         places = {**mounts, "/app": ROOT}
         pattern = "|".join(re.escape(path) for path in sorted(places, key=len, reverse=True))
         text = re.sub(rf"(?<![\w/.-])({pattern})(?=/|\s|$)", lambda match: str(places[match[1]]), text)
         text = re.sub(r"(?m)^port (\d+)$", lambda match: f"port {self.port(name, int(match[1]))}", text)
+        # A pod of a StatefulSet, by its own name below the Service's.
+        text = re.sub(rf"{RELEASE}-loraplex-[a-z-]+-0\.({RELEASE}-loraplex-[a-z-]+)\.{NAMESPACE}\.svc:", r"\1:", text)
         text = re.sub(
             rf"({RELEASE}-loraplex-[a-z-]+):(\d+)", lambda match: self._address(match[1], int(match[2])), text
         )

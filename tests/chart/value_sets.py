@@ -33,7 +33,9 @@ HA: dict[str, Any] = {
 }
 
 TLS: dict[str, Any] = {
+    "tls": {"secret": "inner-tls"},
     "gateway": {
+        "tls": {"secret": "gateway-tls"},
         "quota": {"tokensPerMinute": 100000},
         "ingress": {"enabled": True, "host": "lora.example", "tlsSecret": "lora-tls", "className": "nginx"},
     },
@@ -54,12 +56,14 @@ EXTERNAL_REDIS: dict[str, Any] = {
 }
 
 EVERYTHING: dict[str, Any] = {
+    "tls": {"issuer": {"name": "inner", "kind": "ClusterIssuer"}},
     "imagePullSecrets": [{"name": "pull"}],
     "images": {"control": {"digest": "sha256:" + "0" * 64}},
     "podAnnotations": {"team": "ml"},
     "podLabels": {"cost-center": "ml"},
     "gateway": {
         "replicas": 3,
+        "tls": {"issuer": {"name": "public"}, "dnsNames": ["lora.example"], "ca": ""},
         "options": {"LORAPLEX_MAX_INFLIGHT_REQUESTS": "8192"},
         "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
         "ingress": {"enabled": True, "host": "lora.example", "tlsSecret": "lora-tls"},

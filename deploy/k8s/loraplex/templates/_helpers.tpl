@@ -133,6 +133,44 @@ LORAPLEX_DRAIN_SECONDS: {{ .c.drainSeconds | quote }}
 {{- end }}
 {{- end }}
 
+{{- /* The Secret that services show each other, and the one that the gateway shows its clients; empty: no TLS there. */ -}}
+{{- define "loraplex.tlsSecret" -}}
+{{- with .Values.tls }}{{ if .secret }}{{ .secret }}{{ else if .issuer.name }}{{ include "loraplex.fullname" $ }}-tls{{ end }}{{ end }}
+{{- end }}
+
+{{- define "loraplex.gatewaySecret" -}}
+{{- with .Values.gateway.tls }}{{ if .secret }}{{ .secret }}{{ else if .issuer.name }}{{ include "loraplex.fullname" $ }}-gateway-tls{{ end }}{{ end }}
+{{- end }}
+
+{{- /* Options of a service inside; its health port is the only one that a kubelet can ask then. */ -}}
+{{- define "loraplex.tlsConfig" -}}
+{{- if include "loraplex.tlsSecret" .root }}
+LORAPLEX_TLS_CERT: /tls/tls.crt
+LORAPLEX_TLS_KEY: /tls/tls.key
+LORAPLEX_TLS_CA: /tls/ca.crt
+LORAPLEX_TLS_REQUIRE_CLIENT: {{ .root.Values.tls.mutual | quote }}
+LORAPLEX_HEALTH_PORT: {{ .healthPort | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.tlsMounts" -}}
+{{- if include "loraplex.tlsSecret" . }}
+- {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "loraplex.tlsVolumes" -}}
+{{- with include "loraplex.tlsSecret" . }}
+- name: tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+
+{{- /* Clear text HTTP/2 is what the port speaks without TLS. */ -}}
+{{- define "loraplex.appProtocol" -}}
+{{- if not .secret }}, appProtocol: kubernetes.io/h2c{{ end }}
+{{- end }}
+
 {{- define "loraplex.redisEnabled" -}}
 {{- if or .Values.redis.bundled.enabled .Values.redis.external.url }}true{{ end }}
 {{- end }}

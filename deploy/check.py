@@ -39,7 +39,7 @@ def check(gateway: str, prompt: str, adapter: Path | None, expected: str, ca: st
 
 
 def _health(gateway: str, ca: str | None) -> int:
-    """Asked again while nobody answers, for a minute; a certificate that is refused gets no better. Raises LoraplexError."""
+    """Asked again for a minute while nobody answers; a refused certificate gets no better. Raises LoraplexError."""
     deadline = time.monotonic() + _SECONDS
     with Tls(ca=ca).channel(gateway) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)

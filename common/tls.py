@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 _log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -47,8 +48,8 @@ class PemFiles:
         return Pem(cert, key, ca, min(ends, default=None))
 
     def stamp(self) -> _Stamp:
-        """Changes with the files. Raises OSError."""
-        stats = [path.stat() for path in (self.cert, self.key, self.ca) if path is not None]
+        """Changes with the files. Raises OSError naming one that is not there."""
+        stats = [_of_file(path, Path.stat) for path in (self.cert, self.key, self.ca) if path is not None]
         return tuple((stat.st_mtime_ns, stat.st_ino, stat.st_size) for stat in stats)
 
 
@@ -101,10 +102,13 @@ def channel_credentials(pem: Pem) -> grpc.ChannelCredentials:
 
 
 def _bytes(path: Path | None) -> bytes:
-    if path is None:
-        return b""
+    return b"" if path is None else _of_file(path, Path.read_bytes)
+
+
+def _of_file(path: Path, ask: Callable[[Path], _Answer]) -> _Answer:
+    """Raises OSError with the whole sentence for an operator."""
     try:
-        return path.read_bytes()
+        return ask(path)
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -97,4 +97,29 @@ inline void split(const Piece& piece, int64_t size, int64_t step, int64_t token_
       tasks.push_back({piece, token, std::min(token + token_step, piece.end), first, std::min(first + step, size)});
 }
 
+// Tasks one after the other on one thread: while one is computed, the rows of the next come from memory.
+struct Run {
+  int64_t first, last;
+};
+
+// Cuts tasks into runs of nearly the same cost, several a thread: threads end together, and seldom begin anew.
+template <typename F>
+std::vector<Run> runs(const std::vector<Task>& tasks, int threads, F cost) {
+  constexpr int64_t kRunsOfThread = 8;
+  int64_t total = 0, spent = 0;
+  for (const Task& task : tasks) total += cost(task);
+  const int64_t least = total / (threads * kRunsOfThread);
+  std::vector<Run> found;
+  for (int64_t first = 0, i = 0; i < static_cast<int64_t>(tasks.size()); ++i) {
+    spent += cost(tasks[i]);
+    if (spent < least && i + 1 < static_cast<int64_t>(tasks.size())) continue;
+    found.push_back({first, i + 1});
+    first = i + 1, spent = 0;
+  }
+  return found;
+}
+
+// What is read while something else is computed: not now, but soon, hence into the second-level cache.
+inline void fetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
+
 }  // namespace loraplex

@@ -124,11 +124,18 @@ def tables(generator: torch.Generator) -> AdapterTables:
     return build_tables(adapters, 1, 1024, generator)
 
 
-def delta(x: Tensor, base: Tensor, tables: AdapterTables, lengths: list[int], adapters: list[int]) -> Tensor:
+def delta(
+    x: Tensor,
+    base: Tensor,
+    tables: AdapterTables,
+    lengths: list[int],
+    adapters: list[int],
+    out_features: tuple[int, ...] = OUT_FEATURES,
+) -> Tensor:
     segments = build_segments(lengths, adapters)
     out = base.clone()
     shrunk = lora_shrink(x, tables, segments, 0, MODULES)
-    lora_expand(shrunk, tables, segments, 0, MODULES, IN_FEATURES, OUT_FEATURES, out)
+    lora_expand(shrunk, tables, segments, 0, MODULES, IN_FEATURES, out_features, out)
     return out
 
 
@@ -146,6 +153,31 @@ def test_lora(dtype: torch.dtype, compiled: int, tables: AdapterTables, generato
         row = slice(token, token + 1)
         assert torch.equal(delta(x[row], base[row], tables, [1], [adapter]), together[row])
     assert torch.equal(together[:13], base[:13])
+
+
+@pytest.mark.parametrize("page_bytes", [1024, 1 << 16], ids=lambda size: f"pages-of-{size}")
+def test_lora_of_wide_rows(page_bytes: int, compiled: int, generator: torch.Generator) -> None:
+    """Twelve tokens on twelve adapters read whole rows of B, one token alone reads them cut in columns."""
+    widths, dtypes = (1100, 2048, 520), ("float32", "bfloat16", "float32", "float16")
+    adapters = [
+        Adapter(
+            dtypes[index % 4],
+            {
+                (0, module): random_lora(index + 1, IN_FEATURES, widths[module], dtypes[index % 4], 0.7, generator)
+                for module in MODULES
+            },
+        )
+        for index in range(12)
+    ]
+    tables = build_tables(adapters, 1, page_bytes, generator)
+    x = torch.randn(len(adapters), IN_FEATURES, generator=generator)
+    base = torch.randn(len(adapters), sum(widths), generator=generator)
+    torch.set_num_threads(compiled)
+    together = delta(x, base, tables, [1] * len(adapters), list(range(len(adapters))), widths)
+    torch.set_num_threads(1)
+    for index in range(len(adapters)):
+        row = slice(index, index + 1)
+        assert torch.equal(delta(x[row], base[row], tables, [1], [index], widths), together[row])
 
 
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 6, 2, 20, 1100

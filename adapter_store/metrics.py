@@ -6,6 +6,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _FETCH_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+# A caller waits 0.15 s at most, unless the operator says otherwise.
+_REDIS_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.3, 1.0)
+
 
 class StoreMetrics:
     """The store's own metrics, on the registry of its server."""
@@ -47,6 +50,12 @@ class RedisMetrics:
         self.errors = Counter("loraplex_redis_errors", "Failed calls of Redis by kind", ("error",), registry=registry)
         for error in ("ConnectionError", "TimeoutError"):
             self.errors.labels(error)
+        self.command_seconds = Histogram(
+            "loraplex_redis_command_seconds",
+            "Duration of one command of Redis, also of one that failed",
+            buckets=_REDIS_BUCKETS,
+            registry=registry,
+        )
         age = Gauge("loraplex_store_index_age_seconds", "Time since the index was up to Redis", registry=registry)
         age.set_function(lambda: time.monotonic() - self._synced)
         self._synced = time.monotonic()

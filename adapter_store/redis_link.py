@@ -1,7 +1,7 @@
 """The connection to Redis: fails fast, never retries by itself, and types what the scripts take and give."""
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +49,12 @@ class Snapshot:
 class RedisLink:
     """Every method raises redis.exceptions.RedisError or OSError, at the latest after the address's timeout."""
 
-    def __init__(self, address: RedisAddress) -> None:
-        """Raises OSError when the password's file cannot be read, ValueError when the address is not one."""
+    def __init__(self, address: RedisAddress, observe: Callable[[float], object] | None = None) -> None:
+        """`observe` is told the seconds of each command.
+
+        Raises OSError when the password's file cannot be read, ValueError when the address is not one."""
         self.keys = Keys(address.prefix)
-        self._client = address.client()
+        self._client = address.client(observe=observe)
         self._follower = address.client(FOLLOW_SECONDS + address.timeout_seconds)
         self._change = self._client.register_script(redis_scripts.CHANGE)
         self._release = self._client.register_script(redis_scripts.RELEASE)

@@ -78,7 +78,8 @@ class StoreService:
         index_path = blobs.instance_dir / "adapters.db"
         registry: Registry = SqliteRegistry(index_path, manifest)
         if config.redis:
-            link, redis_metrics = RedisLink(config.redis_address), RedisMetrics(self.server.registry)
+            redis_metrics = RedisMetrics(self.server.registry)
+            link = RedisLink(config.redis_address, redis_metrics.command_seconds.observe)
             registry = RedisRegistry(link, index_path, manifest, redis_metrics)
         await registry.open()
         undo.push_async_callback(registry.close)

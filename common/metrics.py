@@ -92,6 +92,12 @@ class LifeMetrics:
             self._lag.observe(max(0.0, loop.time() - due))
 
 
+def certificate_gauge(registry: CollectorRegistry) -> Gauge:
+    """Only where the gRPC port speaks TLS."""
+    name = "loraplex_tls_certificate_expiry_timestamp_seconds"
+    return Gauge(name, "When the certificate that is shown, or its authority, ends", registry=registry)
+
+
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> MetricsServer:
     """Starts the endpoint. Raises OSError when the port is taken."""
     server, thread = start_http_server(port, addr=host, registry=registry)

@@ -18,7 +18,7 @@ from common.call_metrics import CallInterceptor
 from common.config import ServiceConfig, parse
 from common.interceptors import ErrorInterceptor
 from common.logs import set_up_logs
-from common.metrics import LifeMetrics, new_registry, serve_metrics
+from common.metrics import LifeMetrics, certificate_gauge, new_registry, serve_metrics
 from common.tls import RenewedPem, server_credentials
 
 _log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class Server:
         ]
         self.registry: CollectorRegistry = new_registry()
         self._life = LifeMetrics(self.registry, config)
+        if self._pem is not None:
+            self._pem.follow(certificate_gauge(self.registry).set)
         self._lag: asyncio.Task[None] | None = None
         interceptors = [CallInterceptor(self.registry), ErrorInterceptor()]
         self.grpc = grpc.aio.server(interceptors=interceptors, options=options)

@@ -61,7 +61,13 @@ class RenewedPem:
         self._files = files
         self._stamp = files.stamp()
         self.pem = files.read()
-        self.on_change: Callable[[], None] = lambda: None
+        self._on_expiry: Callable[[float], object] = lambda expires: None
+
+    def follow(self, on_expiry: Callable[[float], object]) -> None:
+        """Gives the Unix time at which the certificate ends, now and when there is another. Maybe on another thread."""
+        self._on_expiry = on_expiry
+        if self.pem.expires is not None:
+            on_expiry(self.pem.expires.timestamp())
 
     def renew(self) -> bool:
         """Reads again what has changed; whether there is something new. Raises nothing."""
@@ -79,7 +85,7 @@ class RenewedPem:
             return False
         self.pem = pem
         _log.info("a new certificate, until %s", pem.expires)
-        self.on_change()
+        self.follow(self._on_expiry)
         return True
 
 

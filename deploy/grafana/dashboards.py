@@ -87,6 +87,11 @@ OVERVIEW = Dashboard(
             {"{{tenant}}": f"topk(10, {rate(f'{GATEWAY}_requests_by_tenant_total', 'tenant')})"},
         ),
         Panel("Ready processes", "short", {"{{job}}": "sum by (job) (loraplex_ready)"}),
+        Panel(
+            "Until a certificate ends",
+            "s",
+            {"{{instance}}": "loraplex_tls_certificate_expiry_timestamp_seconds - time()"},
+        ),
         Panel("Draining processes", "short", {"{{job}}": "sum by (job) (loraplex_draining)"}),
         Panel(
             "Streams: what must stay at zero",
@@ -173,6 +178,7 @@ ADAPTERS = Dashboard(
             {"{{stage}}": rate(f"{STORE}_verify_failures_total", "stage")},
         ),
         Panel("Redis", "short", {"up": "min(loraplex_redis_up)", "errors": rate("loraplex_redis_errors_total")}),
+        Panel("Seconds of a command of Redis", "s", quantiles("loraplex_redis_command_seconds")),
         Panel("Age of the store's index", "s", {"{{instance}}": f"max by (instance) ({STORE}_index_age_seconds)"}),
     ],
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from redis.exceptions import RedisError
 
 from adapter_store.config import StoreConfig
 from common.channel import connect
@@ -132,3 +133,19 @@ def test_the_password_is_not_in_what_is_printed_of_the_address(tmp_path: Path) -
     path = tmp_path / "password"
     path.write_text(PASSWORD)
     assert PASSWORD not in repr(RedisAddress("redis://127.0.0.1", password_file=path))
+
+
+async def test_each_command_is_timed_also_one_that_fails(tmp_path: Path) -> None:
+    server, seconds = RedisServer(tmp_path / "redis"), list[float]()
+    server.start()
+    client = RedisAddress(server.url, timeout_seconds=PATIENT_SECONDS).client(observe=seconds.append)
+    try:
+        await client.set("a", "b")
+        assert await client.get("a") == "b"
+    finally:
+        server.stop()
+    with pytest.raises(RedisError):
+        await client.get("a")
+    await client.aclose()
+    assert len(seconds) == 3
+    assert min(seconds) > 0

@@ -1,6 +1,7 @@
 """What the chart renders is what Kubernetes takes, and what its restricted pod security allows."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gpu_worker.config import WorkerConfig
 from scheduler.config import SchedulerConfig
 from tests.chart.rendering import CHART, Manifest, notes, pod_templates, render
 from tests.chart.value_sets import EVERYTHING, GPU, HA, MINIMAL, TLS, VALUE_SETS
+from tests.checkout import read
 
 pytestmark = pytest.mark.deploy
 
@@ -146,6 +148,28 @@ def test_what_is_scaled_has_no_replicas_of_its_own() -> None:
     }
     assert (scaled["demo-loraplex-gateway"], scaled["demo-loraplex-worker-scaled"]) == (False, False)
     assert scaled["demo-loraplex-worker-plain"] is True
+
+
+def test_every_label_of_a_selector_is_there_and_none_changes() -> None:
+    """A selector cannot be changed in an upgrade: nothing of a version may stand in it."""
+    manifests = render(EVERYTHING)
+    pods = [pod["metadata"]["labels"] for pod in pod_templates(manifests).values()]
+    for manifest in manifests:
+        selector = manifest.get("spec", {}).get("selector", {})
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            labels = manifest["spec"]["template"]["metadata"]["labels"]
+            assert selector["matchLabels"].items() <= labels.items()
+            assert {key.split("/")[1] for key in selector["matchLabels"]} <= {"name", "instance", "component", "pool"}
+        if manifest["kind"] == "Service":
+            assert sum(selector.items() <= labels.items() for labels in pods) == 1
+
+
+def test_the_triggers_of_keda_ask_for_metrics_that_exist() -> None:
+    (scaled,) = [manifest for manifest in render(EVERYTHING) if manifest["kind"] == "ScaledObject"]
+    queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
+    asked = [name for query in queries for name in re.findall(r"loraplex_\w+", query)]
+    assert len(asked) == 2
+    assert [name for name in asked if f"| `{name}` |" not in read("docs/metrics.md")] == []
 
 
 def test_the_stores_claim_outlives_the_release() -> None:

@@ -304,3 +304,20 @@ def test_services_are_shown_a_certificate_of_its_own_when_there_is_one() -> None
     plain = replace(config, tls_client_cert=None, tls_client_key=None)
     assert plain.client_files == PemFiles(paths["cert"], paths["key"], paths["ca"])
     assert ServiceConfig().client_files is None
+
+
+async def test_when_the_certificate_ends_is_exposed_and_follows_a_new_one(
+    ours: Authority, pair: Pair, tmp_path: Path
+) -> None:
+    def exposed(server: Server) -> float | None:
+        return server.registry.get_sample_value("loraplex_tls_certificate_expiry_timestamp_seconds")
+
+    installed, old = pair.install(tmp_path), ours.issue("at-its-end", ended=True)
+    async with serving(tls_cert=installed.cert, tls_key=installed.key) as server, serving() as plain:
+        assert exposed(plain) is None
+        first = PemFiles(pair.cert, pair.key).read().expires
+        assert first is not None
+        assert exposed(server) == first.timestamp()
+        old.install(tmp_path)
+        await shown_by(server.address)
+        assert (exposed(server) or 0.0) < first.timestamp()

@@ -13,6 +13,7 @@ from examples.demo_model.words import SKILLS, prompt_for
 from loraplex import AsyncClient, Client, LoraplexError
 from loraplex.fleet import Fleet, FleetOptions
 from tests.adapter_store.redis_server import RedisServer
+from tests.certificates import authority
 from tests.checkout import ROOT
 from tests.dashboards.prometheus import Prometheus, scraping
 
@@ -36,6 +37,8 @@ class Scene:
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("scene")
     redis = RedisServer(folder / "redis")
+    trusted = authority(_made(folder / "tls"))
+    shown = trusted.issue("gateway")
     redis.start()
     options = FleetOptions(
         model=DEMO / "base",
@@ -44,12 +47,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         workers=2,
         # Not enough for six adapters and the KV of a crowd: adapters come and go.
         memory="3MiB",
-        extra={"adapter_store": ["--redis", redis.url], "gpu_worker": ["--max-sequences", "16"]},
+        extra={
+            "adapter_store": ["--redis", redis.url],
+            "gpu_worker": ["--max-sequences", "16"],
+            "gateway": [f"--tls-cert={shown.cert}", f"--tls-key={shown.key}"],
+        },
     )
     try:
         with Fleet(options) as fleet, scraping(_made(folder / "prometheus"), _targets(fleet)) as prometheus:
             start = time.time()
-            _make_traffic(fleet.gateway.address, prometheus)
+            _make_traffic(fleet.gateway.address, trusted.cert, prometheus)
             yield Scene(prometheus, start, time.time())
     finally:
         redis.stop()
@@ -65,23 +72,23 @@ def _targets(fleet: Fleet) -> dict[str, list[str]]:
     return {**targets, "worker": [worker.metrics_address for worker in fleet.workers]}
 
 
-def _make_traffic(gateway: str, prometheus: Prometheus) -> None:
+def _make_traffic(gateway: str, ca: Path, prometheus: Prometheus) -> None:
     """Adapters arrive one after the other, so that a scrape sees their counters before they grow again."""
     names = sorted(SKILLS)
-    with Client(gateway) as client:
+    with Client(gateway, ca=ca) as client:
         for number, name in enumerate(names, 1):
             client.adapters.push(name, DEMO / "adapters" / name)
             prometheus.until(f"loraplex_store_adapters >= {number}")
-            asyncio.run(_crowd(gateway, ["", *names[:number]], requests=8 * number))
+            asyncio.run(_crowd(gateway, ca, ["", *names[:number]], requests=8 * number))
             prometheus.until('sum(loraplex_adapter_loads_total{to_tier="pages"}) > 0')
-    asyncio.run(_crowd(gateway, ["", *names], requests=96))
+    asyncio.run(_crowd(gateway, ca, ["", *names], requests=96))
     for record in ("request_error_ratio:rate5m", "warm_first_token_slow_ratio:rate30m"):
         prometheus.until(f"loraplex:{record}")
 
 
-async def _crowd(gateway: str, adapters: list[str], requests: int) -> None:
+async def _crowd(gateway: str, ca: Path, adapters: list[str], requests: int) -> None:
     """Many requests at once, one of them for an adapter that does not exist."""
-    async with AsyncClient(gateway) as client:
+    async with AsyncClient(gateway, ca=ca) as client:
         calls = [
             client.generate(
                 prompt_for("streams"), adapters[number % len(adapters)], max_tokens=24, ignore_eos=True, timeout=100.0

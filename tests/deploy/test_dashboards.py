@@ -8,7 +8,7 @@ import pytest
 
 from adapter_store.metrics import RedisMetrics, StoreMetrics
 from common.call_metrics import CallInterceptor
-from common.metrics import LifeMetrics, new_registry
+from common.metrics import LifeMetrics, certificate_gauge, new_registry
 from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
 from gateway.metrics import GatewayMetrics
 from gpu_worker.metrics import WorkerMetrics
@@ -55,6 +55,7 @@ def names_of_ours() -> set[str]:
     StoreMetrics(registry)
     RedisMetrics(registry)
     LifeMetrics(registry, None)
+    certificate_gauge(registry)
     CallInterceptor(registry)
     suffixes = {"counter": "_total", "info": "_info"}
     found = {metric.name + suffixes.get(metric.type, "") for metric in registry.collect()}

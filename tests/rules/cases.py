@@ -125,5 +125,12 @@ CASES = [
         "20m",
         "45m",
     ),
+    Case(
+        "LoraplexCertificateEnds",
+        {'loraplex_tls_certificate_expiry_timestamp_seconds{instance="w:9160"}': "1000000x120 9000000x120"},
+        "90m",
+        "150m",
+        WORKER,
+    ),
     Case("LoraplexSeriesCap", {'loraplex_metrics_series{instance="w:9160"}': "4600x20 100x20"}, "10m", "30m", WORKER),
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
+from kernels.paged_attention.libraries import HostIndices
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class ForwardBatch:
     decode_only: bool = False
     # None = every token is in `token_ids`
     feed: Feed | None = None
+    # the same indices on the CPU, where they were uploaded from there; attention libraries plan with them
+    host: HostIndices | None = None
 
 
 class Forward(Protocol):

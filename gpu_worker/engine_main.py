@@ -35,6 +35,7 @@ from gpu_worker.model_runner import ModelRunner, Queue, at_once
 from gpu_worker.models import Decoder, load_model
 from gpu_worker.tier_log import TierLog
 from kernels.cpu.memory import keep_freed_memory
+from kernels.gpu import tiles
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ def build(
     keep_freed_memory()
     hf_config = base_model.read_config(config.model)
     _check_device(config)
+    if config.device == "cuda":
+        # Before anything runs there: it decides which kernels do.
+        tiles.set_deterministic(config.deterministic)
     model = load_model(config.model, config.dtype, config.device)
     sizes = model.config.geometry
     element_bytes = torch.empty(0, dtype=model.dtype).element_size()
@@ -139,9 +143,7 @@ def _place(config: EngineConfig, model: Decoder, geometry: PageGeometry, num_pag
     if config.device == "cpu":
         return PagePool(geometry, num_pages, "cpu"), model
     from gpu_worker.cuda.place import place
-    from kernels.gpu.tiles import set_deterministic
 
-    set_deterministic(config.deterministic)
     return place(model, geometry, num_pages, config.max_sequences)
 
 

@@ -21,6 +21,7 @@ from kernels.cpu.library import library
 REFERENCE, CPU, TRITON = "reference", "cpu", "triton"
 CPU_BACKENDS = (REFERENCE, CPU)
 BACKENDS = (*CPU_BACKENDS, TRITON)
+LIBRARIES = ("flash_attn", "flashinfer")
 
 # (op, backend) -> calls in this process
 calls: Counter[tuple[str, str]] = Counter()
@@ -37,7 +38,14 @@ def _checked(backend: str) -> str:
     return backend
 
 
+def _checked_attention(name: str) -> str:
+    if name not in ("", TRITON, *LIBRARIES):
+        raise ValueError(f"LORAPLEX_ATTENTION is {name!r}; known: {', '.join((TRITON, *LIBRARIES))}")
+    return name
+
+
 _forced = _checked(os.environ.get("LORAPLEX_KERNELS", ""))
+_attention = _checked_attention(os.environ.get("LORAPLEX_ATTENTION", ""))
 
 
 @contextmanager
@@ -57,21 +65,23 @@ def available() -> bool:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
-@cache
-def _has_flashinfer() -> bool:
-    return find_spec("flashinfer") is not None
+def attention() -> str:
+    """What LORAPLEX_ATTENTION names; empty = the first choice."""
+    return _attention
 
 
-def use_flashinfer(tensor: Tensor) -> bool:
-    """True = attention on a GPU goes to FlashInfer; forcing any backend leaves it out."""
-    if _forced or not tensor.is_cuda or not _has_flashinfer():
-        return False
-    calls["paged_attention", "flashinfer"] += 1
-    return True
+def attention_libraries() -> tuple[str, ...]:
+    """Installed libraries that attention on a GPU may use, first choice first; forcing any backend leaves them out.
+
+    FlashAttention comes first: it takes pages of 256 tokens only, so whoever has these has asked for it.
+    """
+    if _forced:
+        return ()
+    return tuple(name for name in LIBRARIES if _attention in ("", name) and installed(name))
 
 
 def use_triton(op: str, tensor: Tensor, *, by_default: bool = True) -> bool:
@@ -80,11 +90,11 @@ def use_triton(op: str, tensor: Tensor, *, by_default: bool = True) -> bool:
     by_default: it is this operation's first choice on a GPU, and not only when forced.
     """
     if _forced == TRITON:
-        if not _has_triton():
+        if not installed("triton"):
             raise RuntimeError(f"the Triton kernel of {op} is forced and triton is not installed")
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"the Triton kernel of {op} is forced and its tensors are on {tensor.device}")
-    elif _forced or not by_default or not tensor.is_cuda or not _has_triton():
+    elif _forced or not by_default or not tensor.is_cuda or not installed("triton"):
         return False
     calls[op, TRITON] += 1
     return True

@@ -8,6 +8,7 @@ from torch import Tensor
 from gpu_worker.batch import Feed, ForwardBatch
 from gpu_worker.cuda.graph_plan import Ceilings, GraphKey
 from kernels.adapters import AdapterTables, Segments
+from kernels.paged_attention.libraries import HostIndices
 
 # Fields of one integer type lie in one buffer, so that a step uploads two buffers and nothing else.
 Shapes = dict[str, tuple[int, ...]]
@@ -95,6 +96,7 @@ class StaticBatch:
             kv_pages=kv_pages,
             decode_only=True,
             feed=None,
+            host=None,
         )
 
     def fill(self, host: ForwardBatch) -> None:
@@ -149,6 +151,7 @@ def uploaded(host: ForwardBatch, device: torch.device, tables: AdapterTables | N
         kv_pages=host.kv_pages,
         decode_only=host.decode_only,
         feed=None if host.feed is None else Feed(uploaded_tensor(host.feed.rows, device), host.feed.token_ids),
+        host=HostIndices(host.page_table, host.query_start, host.context_lens),
     )
 
 

@@ -61,6 +61,7 @@ class Decoder:
         mixed = paged_attention(
             *(query, batch.kv_pages, table, starts, contexts, index, self._scale, window),
             decode_only=batch.decode_only,
+            host=batch.host,
         )
         return _project(mixed.flatten(1), layer.o, OUTPUT, index, batch)
 

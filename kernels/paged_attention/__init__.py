@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.paged_attention import cpu, flashinfer
+from kernels.paged_attention import cpu, libraries
+from kernels.paged_attention.libraries import HostIndices
 from kernels.paged_attention.reference import paged_attention_reference
 
 
@@ -18,6 +19,7 @@ def paged_attention(
     sliding_window: int = 0,
     *,
     decode_only: bool = False,
+    host: HostIndices | None = None,
 ) -> Tensor:
     """Attention of each sequence's newest tokens over its whole context; decodes and prefill chunks may be mixed.
 
@@ -28,13 +30,11 @@ def paged_attention(
     context_lens: `[num_sequences]` int32, tokens including this step's. The query tokens are the last of the context.
     sliding_window: a token sees itself and the sliding_window - 1 before it; 0 = all before it.
     decode_only: the caller knows that no sequence has more than one query token; on a GPU that saves a launch.
+    host: the three indices on the CPU, of a batch on a GPU; without them no library takes prompts.
     Returns `[num_tokens, num_heads, head_dim]` in the query's dtype, rounded once from float32.
     """
-    supported = query.is_cuda and flashinfer.supports(query, kv_pages, decode_only=decode_only)
-    if supported and dispatch.use_flashinfer(query):
-        return flashinfer.paged_attention_flashinfer(
-            query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window
-        )
+    if query.is_cuda and (attend := libraries.choose(query, kv_pages, host, decode_only=decode_only)):
+        return attend(query, kv_pages, page_table, query_start, context_lens, layer, scale, sliding_window, host)
     if dispatch.use_triton("paged_attention", query):
         from kernels.paged_attention.triton import paged_attention_triton
 

@@ -70,7 +70,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 @pytest.mark.parametrize(("installed", "why"), [(False, "not installed"), (True, "are on cpu")])
 def test_triton_does_not_take_tensors_on_the_cpu(installed: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: installed)
+    monkeypatch.setattr(dispatch, "installed", lambda package: installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert calls_of(torch.ones(2, 16)) == {(OP, "cpu"): 1}
     with dispatch.force("triton"), pytest.raises(RuntimeError, match=why):
@@ -81,7 +81,7 @@ def test_triton_does_not_take_tensors_on_the_cpu(installed: bool, why: str, monk
 def test_tensors_on_a_gpu_go_to_triton_where_it_is_installed(
     installed: bool, chosen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: installed)
+    monkeypatch.setattr(dispatch, "installed", lambda package: installed)
     on_a_gpu = cast(torch.Tensor, SimpleNamespace(is_cuda=True, device="cuda:0"))
     assert dispatch.use_triton(OP, on_a_gpu) is chosen
     with dispatch.force("reference"):

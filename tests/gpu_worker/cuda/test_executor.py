@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,32 @@ def test_a_prompt_runs_eagerly_with_its_adapters(decoder: Decoder, kv_pages: Ten
     with torch.inference_mode():
         assert torch.equal(executor.forward(batch), wanted)
     assert captures.count == 0
+
+
+def test_a_prompt_brings_its_indices_on_the_host_and_a_graph_none(decoder: Decoder, kv_pages: Tensor) -> None:
+    """Attention libraries plan with them, and a captured graph plans nothing."""
+    seen: list[ForwardBatch] = []
+
+    class Watched:
+        dtype = decoder.dtype
+
+        def forward(self, batch: ForwardBatch) -> Tensor:
+            seen.append(batch)
+            return decoder.forward(batch)
+
+    watched: Any = Watched()
+    executor, _ = executor_of(watched, kv_pages)
+    decodes = batch_of([-1] * 3, kv_pages, None)
+    prompt = replace(decodes, decode_only=False)
+    with torch.inference_mode():
+        executor.forward(prompt)
+        executor.forward(decodes)
+    host = seen[0].host
+    assert host is not None
+    assert host.page_table is prompt.page_table
+    assert host.query_start is prompt.query_start
+    assert host.context_lens is prompt.context_lens
+    assert [batch.host for batch in seen[1:]] == [None] * len(seen[1:])
 
 
 def test_only_the_wanted_logits_come_back(decoder: Decoder, kv_pages: Tensor) -> None:

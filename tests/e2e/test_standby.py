@@ -23,6 +23,42 @@ PROMPT_TOKENS = "loraplex_gateway_prompt_tokens_total"
 FEW = ["--max-sequences", "2"]
 
 
+class Wire:
+    """A way to Redis that can be cut. It runs on the test's event loop."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.port = free_port()
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.port)
+
+    async def cut(self) -> None:
+        """Refuses connections; those that are open end."""
+        if self._server is not None:
+            self._server.close()
+            for writer in self._writers:
+                writer.transport.abort()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers |= {writer, back}
+        await asyncio.gather(_copy(reader, back), _copy(there, writer), return_exceptions=True)
+        self._writers -= {writer, back}
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    """Until either side ends."""
+    while data := await source.read(65536):
+        sink.write(data)
+        await sink.drain()
+    sink.close()
+
+
 @dataclass
 class Cell:
     """A fleet with a second scheduler."""
@@ -30,6 +66,8 @@ class Cell:
     fleet: Fleet
     client: AsyncClient
     standby: Service
+    # From the fleet's own scheduler to Redis.
+    wire: Wire
 
     @property
     def active(self) -> Service:
@@ -48,18 +86,32 @@ class Cell:
 
 
 @asynccontextmanager
+async def running(options: FleetOptions) -> AsyncIterator[Fleet]:
+    """A fleet; starting and stopping it does not hold up the event loop, on which its Redis is reached."""
+    fleet = Fleet(options)
+    await asyncio.to_thread(fleet.__enter__)
+    try:
+        yield fleet
+    finally:
+        await asyncio.to_thread(fleet.stop)
+
+
+@asynccontextmanager
 async def cell(tiny: TinyModel, folder: Path) -> AsyncIterator[Cell]:
     """The fleet's own scheduler is the active one."""
     redis = RedisServer(folder / "redis")
     redis.start()
     ports = [free_port(), free_port()]
-    lease = ["--redis", redis.url, "--lease-seconds", "2.5"]
+    wire = Wire(redis.port)
+    await wire.mend()
+    lease = ["--lease-seconds", "2.5", "--redis-timeout-seconds", "1"]
+    wired, direct = (["--redis", url, *lease] for url in (f"redis://127.0.0.1:{wire.port}/0", redis.url))
     both = ["--scheduler", "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in reversed(ports))]
-    extra = {"scheduler": [*lease, "--port", str(ports[0])], "gpu_worker": [*FEW, *both], "gateway": both}
+    extra = {"scheduler": [*wired, "--port", str(ports[0])], "gpu_worker": [*FEW, *both], "gateway": both}
     options = FleetOptions(model=tiny.base, data_dir=folder / "fleet", memory="32MiB", extra=extra)
-    command = [sys.executable, "-m", "scheduler", *lease, "--port", str(ports[1]), "--metrics-port", "0"]
+    command = [sys.executable, "-m", "scheduler", *direct, "--port", str(ports[1]), "--metrics-port", "0"]
     try:
-        with Fleet(options) as fleet:
+        async with running(options) as fleet:
             log = folder / "standby.log"
             process = ServiceProcess("standby", command, working_directory=find_services(), log=log)
             address = await asyncio.to_thread(process.ready.result, 100)
@@ -69,11 +121,17 @@ async def cell(tiny: TinyModel, folder: Path) -> AsyncIterator[Cell]:
             async with AsyncClient(fleet.gateway.address) as client:
                 for name in NAMES:
                     await client.adapters.push(name, tiny.adapters[name])
-                yield Cell(fleet, client, standby)
+                yield Cell(fleet, client, standby, wire)
             process.kill()
             process.exited.result()
     finally:
+        await wire.cut()
         redis.stop()
+
+
+def dispatched(scheduler: Service) -> float:
+    """Offers to workers."""
+    return metric(scheduler, "loraplex_scheduler_dispatch_total")
 
 
 async def test_requests_end_once_when_the_active_scheduler_is_killed(tiny: TinyModel, tmp_path: Path) -> None:
@@ -110,3 +168,28 @@ async def test_a_scheduler_that_slept_through_its_lease_hands_over_when_it_wakes
         assert finish_counts(it.fleet.workers[0])["length"] == 3
         await asyncio.to_thread(until, lambda: "the lease is lost" in it.active.log.read_text(), "it says why it ends")
         assert metric(it.standby, "loraplex_scheduler_workers") == 1
+
+
+async def test_an_active_scheduler_that_alone_has_lost_redis_does_not_act_beside_the_next(
+    tiny: TinyModel, tmp_path: Path
+) -> None:
+    """It cannot know that another decides now. Whom it has stay with it until it can; each request runs once."""
+    async with cell(tiny, tmp_path) as it:
+        worker = it.fleet.workers[0]
+        await it.wire.cut()
+        await asyncio.to_thread(until, lambda: metric(it.standby, "loraplex_scheduler_active") == 1, "it takes over")
+        assert metric(it.active, "loraplex_scheduler_active") == 1
+        answers = await asyncio.gather(*(greedy_tokens(it.client, name, tiny.prompts[name]) for name in 2 * NAMES))
+        assert answers == [tiny.answers[name] for name in 2 * NAMES]
+        assert finish_counts(worker)["length"] == 6
+        # The next one has nobody to act on as long as the first has.
+        assert [metric(it.standby, f"loraplex_scheduler_{name}") for name in ("workers", "gateways")] == [0, 0]
+        assert dispatched(it.standby) == 0
+        running = [asyncio.create_task(greedy_tokens(it.client, name, tiny.prompts[name])) for name in NAMES]
+        await it.wire.mend()
+        await asyncio.to_thread(until, lambda: "the lease is lost" in it.active.log.read_text(), "it says why it ends")
+        assert await asyncio.gather(*running) == [tiny.answers[name] for name in NAMES]
+        assert await greedy_tokens(it.client, "rank-8", tiny.prompts["rank-8"]) == tiny.answers["rank-8"]
+        assert finish_counts(worker)["length"] == 10
+        assert metric(it.standby, "loraplex_scheduler_workers") == 1
+        assert_books_balance(worker)

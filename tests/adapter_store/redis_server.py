@@ -1,5 +1,6 @@
 """A real redis-server of the test's own, and what may happen to it."""
 
+import random
 import shutil
 import signal
 import socket
@@ -10,15 +11,32 @@ from pathlib import Path
 import redis
 
 # A server answers within milliseconds; this is for a machine that is busy with something else.
-START_SECONDS = 20.0
+START_SECONDS = 60.0
 # A timeout of Redis for tests of something else, on a machine that is busy.
 PATIENT_SECONDS = 3.0
 
 
+# Below what the kernel hands out by itself, so that no connection of another test gets a port between its choice and
+# its use, or while its server is away.
+_PORTS = range(20_000, 32_000)
+# One socket for each port that this process has taken, held until it ends: other test processes see the name.
+_taken: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that nobody else gets before this process ends."""
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0loraplex-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            mark.close()
+            continue
+        _taken.append(mark)
+        return port
+    raise AssertionError("no port is free")
 
 
 class RedisServer:

@@ -24,7 +24,7 @@ TEXT = "the quick brown fox END jumps"
 
 def call_of(fleet: Fleet, kind: str, request_id: str) -> Any:
     stopping = types_pb2.StoppingParams(stop=["END"] if kind == "stop" else [])
-    timeout = 2.0 if kind == "deadline" else None
+    timeout = 6.0 if kind == "deadline" else None
     return fleet.api.GenerateStream(ask(stopping=stopping), timeout=timeout, metadata=[("x-request-id", request_id)])
 
 

@@ -82,10 +82,12 @@ class TestBuckets:
 class TestShared:
     async def test_the_sum_over_gateways_is_bounded(self, redis_server: RedisServer) -> None:
         gateways = [Shared(redis_server, Limits(requests=30)) for _ in range(2)]
+        # Each has its connection before they race.
+        first = [await gateway.started(1) for gateway in gateways]
         passed = await asyncio.gather(*(gateway.started(40) for gateway in gateways))
         # A bucket of 30 fills up again by one in two seconds; this is for a machine that is busy.
-        assert 30 <= sum(passed) <= 40
-        assert min(passed) > 0
+        assert first == [1, 1]
+        assert 28 <= sum(passed) <= 38
         assert [gateway.alone for gateway in gateways] == [0, 0]
         for gateway in gateways:
             await gateway.quotas.close()

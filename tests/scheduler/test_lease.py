@@ -48,7 +48,7 @@ def lease(server: RedisServer, seconds: float = LEASE_SECONDS) -> Lease:
 
 class TestLease:
     async def test_one_has_it_and_the_next_gets_a_greater_epoch(self, redis_server: RedisServer) -> None:
-        first, second = lease(redis_server), lease(redis_server)
+        first, second = lease(redis_server, seconds=1000.0), lease(redis_server)
         epoch = await first.acquire()
         waiting = asyncio.create_task(second.acquire())
         done, _ = await asyncio.wait({waiting}, timeout=LEASE_SECONDS / 2)

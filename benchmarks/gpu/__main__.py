@@ -28,6 +28,7 @@ def _rows(command: str, device_name: str, table: Path | None) -> Iterator[dict[s
         yield from parity.rows(models, step_shapes, device)
         yield parity.batch_invariance_row(next(iter(models.values())), device)
         yield from graphs.rows(device)
+        yield graphs.waits_row(device)
         return
     if command == "tune":
         hardware = str(machine.about(device)["device"])

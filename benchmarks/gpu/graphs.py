@@ -1,6 +1,7 @@
 """A captured decode step replayed with other adapters, ranks and counts gives what the same step gives eagerly."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu.inputs import make_batch, make_paged, make_segments, make_tables
 from benchmarks.gpu.shapes import TINY
 from benchmarks.gpu.steps import CPU, on_cpu, random_decoder
-from gpu_worker.batch import ForwardBatch
+from gpu_worker.batch import Feed, ForwardBatch
 from gpu_worker.cuda.executor import CudaGraphs, Executor, Replay, call_again
 from gpu_worker.cuda.static_batch import uploaded, uploaded_tables
 from kernels import dispatch
@@ -45,6 +46,50 @@ def _eager(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
     """On the device, with keys and values of its own."""
     tables = None if batch.adapters is None else uploaded_tables(batch.adapters, device)
     return replace(uploaded(batch, device, tables), kv_pages=batch.kv_pages.clone())
+
+
+@contextmanager
+def _no_waits(device: torch.device) -> Iterator[None]:
+    """PyTorch raises RuntimeError when the host waits for the device inside; a CPU has nobody to wait for."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def waits_row(device: torch.device) -> dict[str, object]:
+    """A replayed decode and a prompt are launched without a wait; the control looks at a logit, and is noticed."""
+    generator = torch.Generator(device).manual_seed(12)
+    decoder = random_decoder(TINY, torch.bfloat16, device, 64)
+    tables = on_cpu(make_tables(TINY, [8, 24], torch.bfloat16, generator))
+    capture = call_again if device.type == "cpu" else CudaGraphs()
+    paged = make_paged(TINY, [(1, CONTEXT)] * 2, torch.bfloat16, generator)
+    # the executor pads into the last page
+    kv_pages = torch.cat((paged.kv_pages, torch.zeros_like(paged.kv_pages[:1])))
+    batch = make_batch(TINY, replace(paged, kv_pages=kv_pages), tables, CPU)
+    batch = replace(batch, feed=Feed(torch.tensor([1]), torch.ones(1, dtype=torch.int64, device=device)))
+    executor = Executor(decoder, kv_pages, len(kv_pages) - 1, MAX_SEQUENCES, capture)
+    noticed, failure = device.type == "cpu", ""
+    with dispatch.force("triton"), torch.inference_mode():
+        executor.forward(batch)
+        logits = executor.forward(replace(batch, decode_only=False))
+        try:
+            with _no_waits(device):
+                for again in (batch, replace(batch, decode_only=False)):
+                    logits = executor.forward(again)
+        except RuntimeError as error:
+            failure = str(error)
+        try:
+            with _no_waits(device):
+                logits[0, 0].item()
+        except RuntimeError:
+            noticed = True
+    case = "a replayed decode and a prompt" + (f": {failure}" if failure else "")
+    return {"op": "no_waits", "case": case, "passed": noticed and not failure}
 
 
 def rows(device: torch.device) -> Iterator[dict[str, object]]:

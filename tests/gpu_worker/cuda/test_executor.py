@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from benchmarks.kernels.models import Size, make_decoder
-from gpu_worker.batch import ForwardBatch
+from gpu_worker.batch import Feed, ForwardBatch
 from gpu_worker.cuda.executor import Executor, Replay, call_again
+from gpu_worker.cuda.graph_plan import GraphKey
+from gpu_worker.cuda.static_batch import StaticBatch
 from gpu_worker.models import Decoder
 from kernels.adapters import AdapterTables
 from tests.kernels.adapter_pool import Adapter, build_segments, build_tables, random_lora
@@ -207,6 +210,33 @@ def test_a_prompt_brings_its_indices_on_the_host_and_a_graph_none(decoder: Decod
     assert host.query_start is prompt.query_start
     assert host.context_lens is prompt.context_lens
     assert [batch.host for batch in seen[1:]] == [None] * len(seen[1:])
+
+
+def test_tokens_that_only_the_device_knows_are_fed_to_a_replay(
+    decoder: Decoder, kv_pages: Tensor, library: AdapterTables
+) -> None:
+    """Captured with one feed, replayed with another and with none: bit by bit what an eager step gives."""
+    executor, captures = executor_of(decoder, kv_pages)
+    tables = tables_of(library, (8, 24))
+    feeds = [Feed(torch.tensor([0, 3]), torch.tensor([5, 60])), Feed(torch.tensor([2]), torch.tensor([17])), None]
+    for step, feed in enumerate(feeds):
+        batch = replace(batch_of([0, 0, 1, 1], kv_pages, tables, seed=step), feed=feed)
+        wanted = alone(decoder, batch)
+        assert feed is None or not torch.equal(wanted, alone(decoder, replace(batch, feed=None)))
+        with torch.inference_mode():
+            assert torch.equal(executor.forward(batch), wanted)
+    assert captures.count == 1
+
+
+def test_a_feed_is_put_in_its_place_without_a_look_at_it(kv_pages: Tensor) -> None:
+    """A fake tensor raises when somebody asks for its numbers."""
+    batch = batch_of([-1] * 4, kv_pages, None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        static = StaticBatch(GraphKey(4, 64, has_lora=False), kv_pages, PADDING_PAGE, None, torch.device("cpu"))
+        fed = torch.empty(2, dtype=torch.int64)
+        static.fill(replace(batch, feed=Feed(torch.tensor([0, 3]), fed)))
+        with pytest.raises(DataDependentOutputException):
+            int(fed[0])
 
 
 def test_only_the_wanted_logits_come_back(decoder: Decoder, kv_pages: Tensor) -> None:

@@ -80,9 +80,9 @@ class Prefetcher:
 
         They are not in line yet. Behind others in line they would have to wait for those: that is for `plan`.
         """
-        loads = []
-        for version in adapter_versions:
-            self._early.add(version)
+        loads, versions = [], list(adapter_versions)
+        self._early.update(versions)
+        for version in versions:
             layout = self._host.layout(version)
             if layout is None or self._batcher.num_waiting:
                 continue

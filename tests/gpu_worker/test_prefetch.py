@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from gpu_worker.batch import ForwardBatch
+from gpu_worker.memory.costs import CostModel
 from gpu_worker.models.decoder import Decoder
 from tests.gpu_worker.engine_driver import EngineDriver, new_offer
 from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
@@ -207,6 +208,41 @@ def test_who_comes_while_others_wait_starts_nothing(
     while_steps_compute(monkeypatch, lambda: driver.engine.foresee([new_offer("s", PROMPT, "a0")]))
     driver.step()
     assert driver.memory.loading_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "gone"),
+    [
+        pytest.param([["a3"]], "a0", id="alone"),
+        pytest.param([["a0", "a3"]], "a1", id="behind"),
+        pytest.param([["a3", "a0"]], "a1", id="before"),
+        pytest.param([["a0"], ["a3"]], "a1", id="in two messages"),
+    ],
+)
+def test_those_who_come_together_do_not_take_each_others_adapter(
+    tiny_checkpoint: Path,
+    adapters: list[TinyAdapter],
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[list[str]],
+    gone: str,
+) -> None:
+    """Equal costs and equal demand: a0 was let go of first and goes first, unless it is wanted too."""
+    monkeypatch.setattr(CostModel, "loaded", lambda *measured: None)
+    driver = EngineDriver(tiny_checkpoint, adapters, num_pages=12)
+    for version in ("a3", "a0", "a1", "a2"):
+        driver.generate(f"warm {version}", [2], version, max_tokens=1)
+    assert resident(driver) == {"a0", "a1", "a2"}
+    driver.offer("long", [2], order_key=0)
+
+    def hear() -> None:
+        for versions in messages:
+            driver.engine.foresee([new_offer(f"wants {version}", PROMPT, version) for version in versions])
+
+    with monkeypatch.context() as patch:
+        while_steps_compute(patch, hear)
+        driver.step()
+    driver.wait_for_load()
+    assert resident(driver) == {"a0", "a1", "a2", "a3"} - {gone}
 
 
 def test_tokens_do_not_depend_on_what_is_loaded_while_steps_compute(

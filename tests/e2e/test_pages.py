@@ -76,6 +76,8 @@ def test_killing_the_client_frees_its_pages(fleet: Fleet) -> None:
         assert memory_usage(worker).memory.kv_pages > 0
         client.send_signal(signal.SIGKILL)
     until(lambda: memory_usage(worker).memory.kv_pages == 0, "the killed client's pages are free")
+    # The face counts it a moment after the engine has freed its pages.
+    until(lambda: (finish_counts(worker) - before).total() == 1, "the end of the killed client's request is counted")
     # Not because it came to its end.
     assert finish_counts(worker) - before == Counter(cancelled=1)
     assert_books_balance(worker)
@@ -90,4 +92,5 @@ async def test_a_cancelled_stream_frees_its_pages_and_nobody_else_notices(tiny: 
             await anext(cancelled)
         assert await other == tiny.answers["rank-16"]
     until(lambda: memory_usage(worker).memory.kv_pages == 0, "the cancelled stream's pages are free")
+    until(lambda: (finish_counts(worker) - before).total() == 2, "both ends are counted")
     assert finish_counts(worker) - before == Counter(cancelled=1, length=1)

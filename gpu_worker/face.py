@@ -102,7 +102,7 @@ class Face:
             try:
                 self._engine, self.ready = await EngineProcess.start(self._config)
                 self.engine_gone.clear()
-                self._metrics.engine_restarted()
+                self._metrics.engine_restarted(self.ready)
                 _log.warning("engine restarted", extra={"pid": self._engine.pid})
                 for tenant, version in self.warm_set.hottest():
                     self.send(engine_pb2.EngineCommand(memory=_prefetch(tenant, version)))

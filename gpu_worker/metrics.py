@@ -87,6 +87,7 @@ class WorkerMetrics:
     def _make_adapters(self, make: Instruments) -> None:
         self._resident = make.gauge("loraplex_adapter_resident_count", "Adapters by tier", ("tier",))
         self._resident_bytes = make.gauge("loraplex_adapter_resident_bytes", "Bytes of adapters by tier", ("tier",))
+        self._pinned = make.gauge("loraplex_adapter_pinned_count", "Adapters that operators keep in pages")
         self._capacity = make.gauge("loraplex_adapter_capacity_bytes", "What a tier may hold at most", ("tier",))
         self._reloads = make.counter(
             "loraplex_adapter_reloads_within_60s", "Loads of adapters that were evicted less than a minute before"
@@ -112,6 +113,7 @@ class WorkerMetrics:
 
     def serves(self, ready: engine_pb2.EngineReady) -> None:
         """The first engine is ready."""
+        self._memory(ready.memory)
         self._model.labels(ready.model.name, dtype_from_proto(ready.model.geometry.dtype)).set(1)
         if self._vllm:
             self._vllm.serves(ready)
@@ -146,8 +148,10 @@ class WorkerMetrics:
     def load_failed(self, reason: str) -> None:
         self._failures.labels(reason.lower()).inc()
 
-    def engine_restarted(self) -> None:
+    def engine_restarted(self, ready: engine_pb2.EngineReady) -> None:
+        """What the engine before it held is gone, pins included."""
         self._restarts.inc()
+        self._memory(ready.memory)
         self._seen_loads = self._seen_evictions = 0
         self._residency = Residency()
 
@@ -160,6 +164,7 @@ class WorkerMetrics:
         self._resident_bytes.labels("pages").set(memory.adapter_pages * memory.page_bytes)
         self._resident_bytes.labels("host").set(memory.host_adapter_bytes)
         self._resident.labels("host").set(memory.host_adapters)
+        self._pinned.set(memory.pinned_adapters)
         self._capacity.labels("pages").set(memory.total_pages * memory.page_bytes)
         self._capacity.labels("host").set(memory.host_limit_bytes)
 

@@ -76,6 +76,7 @@ class TierLog:
             adapter_bytes=self._adapter_bytes,
             fetching_adapters=self._host.num_wanted,
             loading_adapters=self._host.num_loading,
+            pinned_adapters=self._memory.adapters.num_operator_pinned,
         )
 
     def _numbered(self, adapter: scheduler_pb2.ResidentAdapter) -> scheduler_pb2.ResidencyDelta:

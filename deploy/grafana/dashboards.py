@@ -1,52 +1,9 @@
 """The dashboards: `python -m deploy.grafana.dashboards` writes one JSON file beside this one for each.
 
-A panel is a title, a unit, and expressions with their legends. `$__rate_interval` is Grafana's: at least four scrapes.
+A panel is a title, a unit, and expressions with their legends.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-FOLDER = Path(__file__).resolve().parent
-_WIDTH, _HEIGHT, _COLUMNS = 8, 7, 3
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One graph. `unit` is Grafana's name of it; `queries` maps a legend to an expression."""
-
-    title: str
-    unit: str
-    queries: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Dashboard:
-    """Named by its file."""
-
-    name: str
-    title: str
-    panels: list[Panel]
-
-
-def rate(metric: str, by: str = "", where: str = "") -> str:
-    grouped = f" by ({by})" if by else ""
-    return f"sum{grouped} (rate({metric}{where}[$__rate_interval]))"
-
-
-def quantile(q: float, metric: str, by: str = "") -> str:
-    labels = f"le, {by}" if by else "le"
-    return f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket[$__rate_interval])))"
-
-
-def quantiles(metric: str) -> dict[str, str]:
-    return {"p50": quantile(0.5, metric), "p99": quantile(0.99, metric)}
-
-
-def mean(metric: str, by: str) -> str:
-    return f"{rate(f'{metric}_sum', by)} / {rate(f'{metric}_count', by)}"
-
+from deploy.grafana.panels import Dashboard, Panel, mean, path_of, quantile, quantiles, rate, to_json
 
 GATEWAY, SCHEDULER, WORKER = "loraplex_gateway", "loraplex_scheduler", "loraplex_worker"
 ADAPTER, STORE = "loraplex_adapter", "loraplex_store"
@@ -138,6 +95,7 @@ ADAPTERS = Dashboard(
             "short",
             {"{{instance}} {{tier}}": f"sum by (instance, tier) ({ADAPTER}_resident_count)"},
         ),
+        Panel("Adapters that operators pinned", "short", {"{{instance}}": f"{ADAPTER}_pinned_count"}),
         Panel(
             "Bytes of adapters by tier",
             "bytes",
@@ -271,45 +229,6 @@ WORKERS = Dashboard(
 )
 
 DASHBOARDS = [OVERVIEW, ADAPTERS, MEMORY, QUEUES, WORKERS]
-
-
-def to_json(dashboard: Dashboard) -> str:
-    """The text of the file that Grafana imports."""
-    document: dict[str, Any] = {
-        "uid": f"loraplex-{dashboard.name}",
-        "title": dashboard.title,
-        "tags": ["loraplex"],
-        "schemaVersion": 39,
-        "timezone": "browser",
-        "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [{"name": "datasource", "type": "datasource", "query": "prometheus"}]},
-        "panels": [_panel(number, panel) for number, panel in enumerate(dashboard.panels)],
-    }
-    return json.dumps(document, indent=1) + "\n"
-
-
-def _panel(number: int, panel: Panel) -> dict[str, Any]:
-    row, column = divmod(number, _COLUMNS)
-    targets = [
-        {"refId": chr(ord("A") + index), "expr": expression, "legendFormat": legend}
-        for index, (legend, expression) in enumerate(panel.queries.items())
-    ]
-    return {
-        "id": number + 1,
-        "title": panel.title,
-        "type": "timeseries",
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
-        "gridPos": {"x": column * _WIDTH, "y": row * _HEIGHT, "w": _WIDTH, "h": _HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}},
-        "targets": targets,
-    }
-
-
-def path_of(dashboard: Dashboard) -> Path:
-    return FOLDER / f"{dashboard.name}.json"
-
 
 if __name__ == "__main__":
     for dashboard in DASHBOARDS:

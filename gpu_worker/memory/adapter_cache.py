@@ -152,6 +152,11 @@ class AdapterCache:
             self._operator_pinned.pop(adapter_version, None)
         self._rest(adapter)
 
+    @property
+    def num_operator_pinned(self) -> int:
+        """Adapters that operators pinned."""
+        return len(self._operator_pinned)
+
     def operator_pinned_pages(self, *, excluding: str) -> int:
         """Pages of adapters that operators pinned, other than `excluding`."""
         pinned = (adapter for adapter in self._operator_pinned.values() if adapter.adapter_version != excluding)

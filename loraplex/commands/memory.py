@@ -112,7 +112,8 @@ def describe(
         f"pages  {share_bar(counts)}  {memory.total_pages} of {_size(memory.page_bytes)}: {named}",
         f"host   {_fill_bar(memory.host_adapter_bytes, memory.host_limit_bytes)}  {memory.host_adapters} adapters",
         f"cache  {_fill_bar(usage.cache_bytes, usage.cache_limit_bytes)}  {usage.cached_adapters} adapters",
-        f"{usage.resident_adapters} adapters in pages: {_size(memory.adapter_bytes)}, waste {waste:.1%}; "
+        f"{usage.resident_adapters} adapters in pages, {memory.pinned_adapters} pinned: "
+        f"{_size(memory.adapter_bytes)}, waste {waste:.1%}; "
         f"{memory.fetching_adapters} being fetched, {memory.loading_adapters} being loaded",
     ]
     shown = sorted(adapters, key=lambda adapter: (-adapter.tier, -adapter.pins, adapter.adapter_version))[:rows]

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import grpc
 import pytest
 
 from examples.demo_model.words import SKILLS, prompt_for
 from loraplex import AsyncClient, Client, LoraplexError
 from loraplex.fleet import Fleet, FleetOptions
+from loraplex.v1 import memory_pb2, memory_pb2_grpc, types_pb2
 from tests.adapter_store.redis_server import RedisServer
 from tests.certificates import authority
 from tests.checkout import ROOT
@@ -56,7 +58,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     try:
         with Fleet(options) as fleet, scraping(_made(folder / "prometheus"), _targets(fleet)) as prometheus:
             start = time.time()
-            _make_traffic(fleet.gateway.address, trusted.cert, prometheus)
+            workers = [worker.address for worker in fleet.workers]
+            _make_traffic(fleet.gateway.address, trusted.cert, workers, prometheus)
             yield Scene(prometheus, start, time.time())
     finally:
         redis.stop()
@@ -72,7 +75,7 @@ def _targets(fleet: Fleet) -> dict[str, list[str]]:
     return {**targets, "worker": [worker.metrics_address for worker in fleet.workers]}
 
 
-def _make_traffic(gateway: str, ca: Path, prometheus: Prometheus) -> None:
+def _make_traffic(gateway: str, ca: Path, workers: list[str], prometheus: Prometheus) -> None:
     """Adapters arrive one after the other, so that a scrape sees their counters before they grow again."""
     names = sorted(SKILLS)
     with Client(gateway, ca=ca) as client:
@@ -82,8 +85,23 @@ def _make_traffic(gateway: str, ca: Path, prometheus: Prometheus) -> None:
             asyncio.run(_crowd(gateway, ca, ["", *names[:number]], requests=8 * number))
             prometheus.until('sum(loraplex_adapter_loads_total{to_tier="pages"}) > 0')
     asyncio.run(_crowd(gateway, ca, ["", *names], requests=96))
+    _pin_one(workers)
+    prometheus.until("sum(loraplex_adapter_pinned_count) == 1")
     for record in ("request_error_ratio:rate5m", "warm_first_token_slow_ratio:rate30m"):
         prometheus.until(f"loraplex:{record}")
+
+
+def _pin_one(workers: list[str]) -> None:
+    """An adapter that is in pages stays there."""
+    for worker in workers:
+        with grpc.insecure_channel(worker) as channel:
+            stub = memory_pb2_grpc.MemoryServiceStub(channel)
+            resident = stub.ListResident(memory_pb2.ListResidentRequest(), timeout=100.0)
+            there = [adapter for adapter in resident.adapters if adapter.tier == types_pb2.TIER_PAGES]
+            if there:
+                stub.Pin(memory_pb2.PinRequest(adapter_version=there[0].adapter_version), timeout=100.0)
+                return
+    raise AssertionError("no adapter is in pages")
 
 
 async def _crowd(gateway: str, ca: Path, adapters: list[str], requests: int) -> None:

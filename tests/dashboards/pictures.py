@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from deploy.grafana.dashboards import Dashboard, Panel
+from deploy.grafana.panels import Dashboard, Panel
 from tests.dashboards.conftest import Scene
 
 matplotlib.use("Agg")

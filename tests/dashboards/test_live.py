@@ -9,7 +9,8 @@ import promql_parser
 import pytest
 import yaml
 
-from deploy.grafana.dashboards import DASHBOARDS, Dashboard, Panel
+from deploy.grafana.dashboards import DASHBOARDS
+from deploy.grafana.panels import Dashboard, Panel
 from tests.checkout import ROOT
 from tests.dashboards.conftest import Scene
 from tests.dashboards.pictures import draw

@@ -9,7 +9,8 @@ import pytest
 from adapter_store.metrics import RedisMetrics, StoreMetrics
 from common.call_metrics import CallInterceptor
 from common.metrics import LifeMetrics, certificate_gauge, new_registry
-from deploy.grafana.dashboards import DASHBOARDS, FOLDER, Dashboard, path_of, to_json
+from deploy.grafana.dashboards import DASHBOARDS
+from deploy.grafana.panels import FOLDER, Dashboard, path_of, to_json
 from gateway.metrics import GatewayMetrics
 from gpu_worker.metrics import WorkerMetrics
 from scheduler.metrics import SchedulerMetrics, active_gauge

@@ -62,6 +62,22 @@ def test_a_refused_pin_leaves_the_adapter_to_yield(driver: EngineDriver) -> None
     assert driver.memory.adapter_pages == 0
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_step_of_a_pin_reports_it(driver: EngineDriver, again: bool) -> None:
+    for _ in range(1 + again):
+        pin(driver)
+    assert driver.memory.pinned_adapters == 1
+    driver.send(memory={"call_id": 2, "unpin": {"adapter_version": "rank-8"}})
+    driver.step()
+    assert driver.memory.pinned_adapters == 0
+
+
+def test_a_refused_pin_is_not_reported(driver: EngineDriver) -> None:
+    driver.offer("long", LONG)
+    pin(driver)
+    assert driver.memory.pinned_adapters == 0
+
+
 def test_the_same_request_runs_after_an_unpin(driver: EngineDriver) -> None:
     pin(driver)
     driver.send(memory={"call_id": 2, "unpin": {"adapter_version": "rank-8"}})

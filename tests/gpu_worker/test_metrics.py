@@ -66,6 +66,26 @@ def test_each_tier_says_what_it_holds_and_may_hold(name: str, pages: int, host: 
     assert [registry.get_sample_value(name, {"tier": tier}) for tier in ("pages", "host")] == [pages, host]
 
 
+def test_pins_end_with_their_engine() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.serves(ready())
+    seen = [registry.get_sample_value("loraplex_adapter_pinned_count")]
+    memory = scheduler_pb2.MemoryUsage(pinned_adapters=2)
+    metrics.step(engine_pb2.StepResult(report=scheduler_pb2.StepReport(memory=memory)), 0.0)
+    seen.append(registry.get_sample_value("loraplex_adapter_pinned_count"))
+    metrics.engine_restarted(ready())
+    assert [*seen, registry.get_sample_value("loraplex_adapter_pinned_count")] == [0, 2, 0]
+
+
+def test_pages_are_shown_before_the_first_step() -> None:
+    registry = CollectorRegistry()
+    started = ready()
+    started.memory.free_pages = 64
+    WorkerMetrics(registry).serves(started)
+    assert registry.get_sample_value("loraplex_worker_pages", {"kind": "free"}) == 64
+
+
 def test_prefix_hits_are_a_part_of_what_was_looked_up() -> None:
     registry = CollectorRegistry()
     stats = engine_pb2.StepStats(prefix_query_tokens=48, prefix_hit_tokens=32)

@@ -99,10 +99,12 @@ async def operators_manage_memory(worker: WorkerProcess) -> None:
     first = await anext(aiter(stub.WatchResidency(memory_pb2.WatchResidencyRequest())))
     assert [(adapter.adapter_version, adapter.tier) for adapter in first.snapshot] == [("rank-8", types_pb2.TIER_PAGES)]
     await stub.Pin(memory_pb2.PinRequest(adapter_version="rank-8"))
+    assert (await worker.usage()).memory.pinned_adapters == 1
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.Evict(memory_pb2.EvictRequest(adapter_version="rank-8"))
     assert from_rpc_error(refused.value, peer="worker").reason == "ADAPTER_IN_USE"
     await stub.Unpin(memory_pb2.UnpinRequest(adapter_version="rank-8"))
+    assert (await worker.usage()).memory.pinned_adapters == 0
     evicted = await stub.Evict(memory_pb2.EvictRequest(adapter_version="rank-8"))
     assert evicted.freed_pages == 14
 

@@ -30,6 +30,7 @@ USAGE = memory_pb2.GetUsageResponse(
         host_limit_bytes=2 << 30,
         host_adapters=40,
         fetching_adapters=2,
+        pinned_adapters=1,
     ),
     resident_adapters=16,
     running_sequences=3,
@@ -85,7 +86,8 @@ def test_the_other_tiers_have_theirs(worker: str, capsys: pytest.CaptureFixture[
 
 
 def test_waste_and_what_is_on_its_way_are_said(worker: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "waste 2.1%; 2 being fetched, 0 being loaded" in printed(capsys, "--worker", worker)[4]
+    line = printed(capsys, "--worker", worker)[4]
+    assert line == "16 adapters in pages, 1 pinned: 2.9 MiB, waste 2.1%; 2 being fetched, 0 being loaded"
 
 
 def test_adapters_in_pages_come_first(worker: str, capsys: pytest.CaptureFixture[str]) -> None:

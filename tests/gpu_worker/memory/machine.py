@@ -361,6 +361,7 @@ class MemoryMachine(RuleBasedStateMachine):
         for excluding in ("", "two"):
             told = self.memory.adapters.operator_pinned_pages(excluding=excluding)
             assert told == sum(ADAPTERS[adapter] for adapter in self.pinned - {excluding})
+        assert self.memory.adapters.num_operator_pinned == len(self.pinned)
 
     @invariant()
     def evictable_pages_are_told_truly(self) -> None:

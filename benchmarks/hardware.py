@@ -21,10 +21,13 @@ def hardware() -> dict[str, object]:
 
 
 def commit() -> str:
-    """Of the checkout, with a plus when files differ from it."""
+    """Of the checkout, with a plus when files differ from it; "unknown" in a copy of the files without one."""
     git = ["git", "-C", str(ROOT)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
     return name.strip() + ("+" if changed.strip() else "")
 
 

@@ -3,8 +3,6 @@
 import hashlib
 from typing import Protocol
 
-from blake3 import blake3
-
 
 class Promised(Protocol):
     """A layout: the dataclass or the message. An empty `blake3` was not recorded."""
@@ -15,6 +13,11 @@ class Promised(Protocol):
     def blake3(self) -> str: ...
 
 
+class _Digest(Protocol):
+    def update(self, data: bytes | memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
 class Checksum:
     """Takes in bytes in their order, then compares with what the layout promises.
 
@@ -22,7 +25,7 @@ class Checksum:
     """
 
     def __init__(self, promised: Promised) -> None:
-        self._digest = blake3() if promised.blake3 else hashlib.sha256()
+        self._digest = _digest(promised)
         self._expected = promised.blake3 or promised.sha256
         self.num_bytes = 0
 
@@ -33,3 +36,11 @@ class Checksum:
     def holds(self) -> bool:
         """Whether the bytes so far are all and nothing but the promised ones."""
         return self._digest.hexdigest() == self._expected
+
+
+def _digest(promised: Promised) -> _Digest:
+    if not promised.blake3:
+        return hashlib.sha256()
+    from blake3 import blake3
+
+    return blake3()

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
 UNIT_BYTES = 128
 # Rows are written in blocks of so many columns: of a transposed matrix these are still in cache when the next row is.
@@ -120,6 +119,9 @@ def pack(
     `weights[layer, module]` = (A `[lora_rank, in_features]`, B `[out_features, lora_rank]`), any element type of the
     layout's width (bits are moved, never converted). Raises ValueError on a shape or a width that differs from it.
     """
+    # only who packs needs it: kernels are run and measured where it is not installed
+    from blake3 import blake3
+
     data = fill(layout, weights)
     sha256, blake = hashlib.sha256(data.data).hexdigest(), blake3(data.data).hexdigest()
     return replace(layout, sha256=sha256, blake3=blake), data

@@ -4,22 +4,39 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.checkout import ROOT
 
-# What a machine with a GPU need not have, the stubs first.
-ABSENT = ("loraplex", "grpc", "google.protobuf", "transformers", "peft", "pytest", "hypothesis")
+# What a machine with a GPU must have; whatever else is installed here, it need not, and the stubs neither.
+NEEDED = ("torch", "triton", "numpy", "safetensors")
 PROGRAM = "import runpy, sys; [sys.modules.__setitem__(name, None) for name in {names}]; sys.argv[0] = 'gpu'; {run}"
 OPS = {"rms_norm", "linear", "lora_shrink", "lora_expand", "store_kv", "paged_attention", "silu_and_mul"}
 
 
+def absent() -> list[str]:
+    """Modules of every installed distribution but NEEDED and what these require."""
+    needed, found = list(NEEDED), set[str]()
+    while needed:
+        name = canonicalize_name(needed.pop())
+        if name not in found:
+            found.add(name)
+            with suppress(PackageNotFoundError):
+                needed += [Requirement(text).name for text in requires(name) or () if "extra ==" not in text]
+    modules = packages_distributions().items()
+    return ["loraplex", *(module for module, dists in modules if not found & {canonicalize_name(d) for d in dists})]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = PROGRAM.format(names=ABSENT, run="runpy.run_module('benchmarks.gpu', run_name='__main__')")
+    code = PROGRAM.format(names=absent(), run="runpy.run_module('benchmarks.gpu', run_name='__main__')")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
@@ -29,6 +46,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_what_such_a_machine_lacks_is_lacking_here() -> None:
+    assert {"loraplex", "grpc", "google", "transformers", "blake3", "redis", "pytest"} <= set(absent())
+    assert not set(NEEDED) & set(absent())
 
 
 @pytest.mark.triton

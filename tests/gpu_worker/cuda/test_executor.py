@@ -1,7 +1,7 @@
 """Steps that go through static buffers and padding give what they give alone; on the CPU, where a graph is a call."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -210,6 +210,76 @@ def test_a_prompt_brings_its_indices_on_the_host_and_a_graph_none(decoder: Decod
     assert host.query_start is prompt.query_start
     assert host.context_lens is prompt.context_lens
     assert [batch.host for batch in seen[1:]] == [None] * len(seen[1:])
+
+
+def addresses(batch: ForwardBatch) -> dict[str, int]:
+    """Where a kernel that was captured with `batch` reads and writes."""
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    for part in ("segments", "adapters"):
+        if (value := found.pop(part)) is not None:
+            found |= {f"{part}.{field.name}": getattr(value, field.name) for field in fields(value)}
+    return {name: value.data_ptr() for name, value in found.items() if isinstance(value, Tensor)}
+
+
+class Addresses:
+    """A decoder that remembers where the batches of each width and adapters lie."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.dtype = decoder.dtype
+        self.seen: dict[tuple[int, bool], list[dict[str, int]]] = {}
+        self._decoder = decoder
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        self.seen.setdefault((len(batch.token_ids), batch.adapters is not None), []).append(addresses(batch))
+        return self._decoder.forward(batch)
+
+    @property
+    def moved(self) -> bool:
+        return any(found != runs[0] for runs in self.seen.values() for found in runs)
+
+
+# Who uses which adapter, and their ranks, the largest first: two widths, with adapters and without, in turn.
+MIXED_STEPS = [([0] * 4, (24,)), ([-1] * 8, ()), ([0, 0, 1], (3, 24)), ([-1] * 4, ()), ([0] * 7, (8,)), ([0] * 4, (3,))]
+
+
+def run_mixed(executor: Executor, kv_pages: Tensor, library: AdapterTables) -> None:
+    with torch.inference_mode():
+        for step, (owners, ranks) in enumerate(MIXED_STEPS * 2):
+            executor.forward(batch_of(owners, kv_pages, tables_of(library, ranks) if ranks else None, seed=step))
+
+
+def test_a_tensor_of_a_captured_step_never_moves(decoder: Decoder, kv_pages: Tensor, library: AdapterTables) -> None:
+    """A replay reads the addresses of its capture: whatever runs between must leave every one of them in force."""
+    watched: Any = Addresses(decoder)
+    executor, captures = executor_of(watched, kv_pages)
+    run_mixed(executor, kv_pages, library)
+    assert captures.count == len(watched.seen) == 4
+    # when it was captured, and replayed twice at least
+    assert all(len(runs) >= 3 for runs in watched.seen.values())
+    assert not watched.moved
+    # the tables of adapters are one for all graphs
+    tables = [
+        {name: at for name, at in runs[0].items() if name.startswith("adapters.")} for runs in watched.seen.values()
+    ]
+    assert len({tuple(sorted(one.items())) for one in tables if one}) == 1
+
+
+def test_control_a_tensor_that_is_replaced_is_noticed(
+    decoder: Decoder, kv_pages: Tensor, library: AdapterTables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Tensor] = []
+
+    def renewed(static: StaticBatch, host: ForwardBatch) -> None:
+        fill(static, host)
+        # the old one is kept, so that the new one has another address
+        kept.append(static.batch.positions)
+        static.batch = replace(static.batch, positions=static.batch.positions.clone())
+
+    fill = StaticBatch.fill
+    monkeypatch.setattr(StaticBatch, "fill", renewed)
+    watched: Any = Addresses(decoder)
+    run_mixed(executor_of(watched, kv_pages)[0], kv_pages, library)
+    assert watched.moved
 
 
 def test_tokens_that_only_the_device_knows_are_fed_to_a_replay(

@@ -30,6 +30,11 @@ class TopLabels:
         self._candidates: OrderedDict[str, float] = OrderedDict()
         self._calls = 0
 
+    @property
+    def names(self) -> list[str]:
+        """Those that are themselves; on any thread."""
+        return list(self._held)
+
     def fold(self, name: str) -> str:
         """The label value for one event of `name`: the name itself, or `_other`."""
         self._fade()

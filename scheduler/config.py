@@ -74,6 +74,7 @@ class SchedulerConfig(RedisConfig, ServiceConfig):
     recovery_seconds: float = _setting("recovery_seconds", "how long a new scheduler only listens to the workers")
     in_flight_tokens: int = _setting("in_flight_tokens", "output still expected of sequences from before the start")
     fence_seconds: float = _setting("fence_seconds", "how long a worker that reports nonsense is kept out")
+    max_tenant_labels: int = option(100, help="tenants that metrics name; the others are counted as _other")
     history_requests: int = _setting("history_requests", "requests whose timelines are kept after their end")
 
     def __post_init__(self) -> None:

@@ -183,6 +183,7 @@ def from_tenant(tenant: TenantState) -> scheduler_pb2.TenantSnapshot:
         queued_requests=tenant.queued_requests,
         queued_seconds=tenant.queued_seconds,
         service=tenant.service,
+        deficit=tenant.deficit,
     )
 
 

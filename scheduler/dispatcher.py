@@ -27,7 +27,7 @@ from scheduler.core.identity import IdentityMismatchError
 from scheduler.core.intake import NonsenseError, ReportGapError
 from scheduler.core.scheduler import Scheduler
 from scheduler.core.settings import Settings
-from scheduler.metrics import SchedulerMetrics
+from scheduler.metrics import FairnessDeficit, SchedulerMetrics
 from scheduler.peers import GatewayPeer, WorkerPeer
 
 _log = logging.getLogger(__name__)
@@ -40,12 +40,20 @@ class Dispatcher:
     """Owns the core, its clock and the sending side of every stream. One event loop; events never wait."""
 
     def __init__(
-        self, settings: Settings, registry: CollectorRegistry, epoch: int, may_decide: Callable[[], bool]
+        self,
+        settings: Settings,
+        registry: CollectorRegistry,
+        epoch: int,
+        may_decide: Callable[[], bool],
+        max_tenant_labels: int,
     ) -> None:
         """`may_decide` is asked before each decision; while it says no, decisions wait."""
         self._may_decide = may_decide
         self._core = Scheduler(settings, epoch, time.monotonic())
         self._metrics = SchedulerMetrics(registry, self._oldest_age_seconds)
+        self._deficit: FairnessDeficit | None = None
+        if unit := self._core.service_unit:
+            self._deficit = FairnessDeficit(registry, unit, self._core.deficits, max_tenant_labels)
         self._gateways: dict[str, GatewayPeer] = {}
         self._workers: dict[str, WorkerPeer] = {}
         self._changed = asyncio.Event()
@@ -110,6 +118,8 @@ class Dispatcher:
             now = time.monotonic()
             # Whose stream it is decides, not what the message says.
             spec.gateway_id = peer.peer_id
+            if self._deficit is not None:
+                self._deficit.submitted(spec.key.tenant)
             self._core.submit(to_request(spec, now), now)
             self._changed.set()
 

@@ -1,15 +1,23 @@
 """The scheduler's figures. Labels hold the base model's name and values fixed in code, never a client's string."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from common.top_labels import OTHER, TopLabels
 from scheduler.core.commands import Offer, Refusal
 from scheduler.core.intake import NonsenseError
 from scheduler.core.model import Reason
 
 WAIT_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 DECISION_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.1)
+_DEFICIT_TEXTS = {
+    "seconds": "Service that a waiting tenant lacks of its share; with policy fair",
+    "tokens": "The same with policy vtc: input tokens plus twice the output",
+}
 # Until the first worker has said which model it serves.
 UNKNOWN_MODEL = "unknown"
 
@@ -17,6 +25,43 @@ UNKNOWN_MODEL = "unknown"
 def active_gauge(registry: CollectorRegistry) -> Gauge:
     """The one figure that a standby has too."""
     return Gauge("loraplex_scheduler_active", "1 while this scheduler is the one that decides", registry=registry)
+
+
+class FairnessDeficit(Collector):
+    """How far tenants that wait are behind their share, computed when somebody asks.
+
+    Tenants that submit most are named, whether they wait or not; the others are one figure, that of whoever is
+    furthest behind.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        unit: Literal["seconds", "tokens"],
+        deficits: Callable[[], Mapping[str, float]],
+        max_tenant_labels: int,
+    ) -> None:
+        """`deficits`, in `unit`, is called from the thread that renders."""
+        self._unit = unit
+        self._deficits = deficits
+        self._top = TopLabels(max_tenant_labels)
+        registry.register(self)
+
+    def submitted(self, tenant: str) -> None:
+        """One more request of the tenant. From one thread only."""
+        self._top.fold(tenant)
+
+    def collect(self) -> Iterable[Metric]:
+        deficits = self._deficits()
+        shown = dict.fromkeys([*self._top.names, OTHER], 0.0)
+        for tenant, deficit in deficits.items():
+            label = tenant if tenant in shown else OTHER
+            shown[label] = max(shown[label], deficit)
+        name = f"loraplex_scheduler_fairness_deficit_{self._unit}"
+        gauge = GaugeMetricFamily(name, _DEFICIT_TEXTS[self._unit], labels=["tenant"])
+        for label, deficit in shown.items():
+            gauge.add_metric([label], deficit)
+        return [gauge]
 
 
 class SchedulerMetrics:

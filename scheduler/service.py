@@ -27,6 +27,7 @@ class SchedulerService:
         """Raises ValueError on an option out of range, OSError when a file of Redis's options cannot be read."""
         self.server = Server(config, max_message_bytes=INTERNAL_MESSAGE_BYTES)
         self._settings = config.settings
+        self._max_tenant_labels = max(1, config.max_tenant_labels)
         self._lease: Lease | None = None
         if config.redis:
             address = config.redis_address
@@ -75,7 +76,9 @@ class SchedulerService:
 
     async def _activate(self, epoch: int) -> Dispatcher:
         lease = self._lease
-        dispatcher = Dispatcher(self._settings, self.server.registry, epoch, lambda: lease is None or lease.current)
+        dispatcher = Dispatcher(
+            self._settings, self.server.registry, epoch, lambda: lease is None or lease.current, self._max_tenant_labels
+        )
         self._servicer.active = dispatcher
         self._active.set(1)
         await self.server.set_ready(True)

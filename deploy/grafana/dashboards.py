@@ -189,6 +189,14 @@ QUEUES = Dashboard(
             "Offers, by why the worker was chosen", "ops", {"{{reason}}": rate(f"{SCHEDULER}_dispatch_total", "reason")}
         ),
         Panel("Requests refused, by code", "ops", {"{{code}}": rate(f"{SCHEDULER}_refusals_total", "code")}),
+        Panel(
+            "Service that waiting tenants lack of their share (seconds; tokens with policy vtc)",
+            "short",
+            {
+                "{{tenant}}": f"max by (tenant) ({SCHEDULER}_fairness_deficit_seconds "
+                f"or {SCHEDULER}_fairness_deficit_tokens)"
+            },
+        ),
         Panel("Seconds of a decision", "s", quantiles(f"{SCHEDULER}_decision_seconds")),
         Panel("Workers", "short", {"{{state}}": f"sum by (state) ({SCHEDULER}_workers)"}),
         Panel("Workers lost", "ops", {"{{reason}}": rate(f"{SCHEDULER}_worker_lost_total", "reason")}),

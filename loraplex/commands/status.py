@@ -63,6 +63,9 @@ def print_fleet(address: str, tls: Tls) -> None:
     )
     header = ["WORKER", "ADDRESS", "STATE", "RUNNING", "OFFERED", "FREE PAGES", "PAGES", "ADAPTERS IN PAGES"]
     print(table(header, [_worker_row(worker) for worker in state.workers]))
+    if state.tenants:
+        header = ["WAITING TENANT", "WEIGHT", "QUEUED", "SECONDS OF WORK", "BEHIND ITS SHARE"]
+        print(table(header, [_tenant_row(tenant) for tenant in state.tenants]))
 
 
 def _model_row(model: Model) -> list[object]:
@@ -75,3 +78,8 @@ def _worker_row(worker: scheduler_pb2.WorkerSnapshot) -> list[object]:
     state = _STATE_NAMES.get(info.state, "unknown")
     counts = [worker.running_requests, worker.offered_requests, memory.free_pages, memory.total_pages]
     return [info.worker_id, info.address, state, *counts, len(worker.resident)]
+
+
+def _tenant_row(tenant: scheduler_pb2.TenantSnapshot) -> list[object]:
+    behind = f"{tenant.deficit:.1f}" if tenant.HasField("deficit") else "not counted"
+    return [tenant.tenant, f"{tenant.weight:g}", tenant.queued_requests, f"{tenant.queued_seconds:.1f}", behind]

@@ -66,6 +66,17 @@ class Ledger:
         """Weights of the clients that have queued requests. O(clients): for estimates."""
         return sum(self.weight(client) for client in self._queued)
 
+    def deficits(self) -> dict[str, float]:
+        """Service that each client with queued requests lacks of its share: of what all who have requests here had,
+        divided by their weights. O(clients), on any thread.
+        """
+        # A copy in one step: other threads see the dictionaries change.
+        had = {client: self.counter(client) - self._credit.get(client, 0.0) for client in list(self._active)}
+        total_weight = sum(map(self.weight, had))
+        level = sum(self.weight(client) * counter for client, counter in had.items()) / (total_weight or 1.0)
+        waiting = set(self._queued).intersection(had)
+        return {client: max(0.0, level - had[client]) * self.weight(client) for client in waiting}
+
     def queue(self, client: str) -> None:
         """One more of its requests waits."""
         if client not in self._queued:

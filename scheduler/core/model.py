@@ -234,13 +234,15 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class TenantState:
-    """What a tenant waits for. `service` is what it has had over its weight; None when the policy counts none."""
+    """What a tenant waits for. `service` is what it has had over its weight and `deficit` what it lacks of its share;
+    None when the policy counts none."""
 
     tenant: str
     weight: float
     queued_requests: int
     queued_seconds: float
     service: float | None
+    deficit: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """Who runs where, and in which order: events in, `schedule()` out. No clock, no I/O, no threads."""
 
+from collections.abc import Mapping
+
 from scheduler.core import refusals
 from scheduler.core.adoption import Fate, Verdict, is_unconfirmed, judge
 from scheduler.core.clock import Clock
@@ -11,6 +13,7 @@ from scheduler.core.lifecycle import Lifecycle
 from scheduler.core.model import Hello, Key, Report, Request, RequestState, TenantState
 from scheduler.core.pacing import new_step_budget
 from scheduler.core.policies import make_policy
+from scheduler.core.policies.protocol import Unit
 from scheduler.core.rounds import Rounds
 from scheduler.core.settings import Settings
 from scheduler.core.worker import Worker
@@ -234,11 +237,27 @@ class Scheduler:
         queued: dict[str, list[float]] = {}
         for request in self.queue:
             queued.setdefault(request.tenant, []).append(request.cost)
-        weights, policy = self.settings.tenant_weights, self.life.policy
+        weights, policy, deficits = self.settings.tenant_weights, self.life.policy, self.deficits()
         return [
-            TenantState(tenant, weights.get(tenant, 1.0), len(costs), sum(costs), policy.service(tenant))
+            TenantState(
+                tenant,
+                weights.get(tenant, 1.0),
+                len(costs),
+                sum(costs),
+                policy.service(tenant),
+                deficits.get(tenant),
+            )
             for tenant, costs in sorted(queued.items())
         ]
+
+    @property
+    def service_unit(self) -> Unit:
+        """What the service of tenants is counted in; empty when it is not counted."""
+        return self.life.policy.unit
+
+    def deficits(self) -> Mapping[str, float]:
+        """Service that each tenant that waits lacks of its share; O(tenants), on any thread."""
+        return self.life.policy.deficits()
 
     def _expire(self, now: float) -> None:
         for worker in self.fleet.take_expired(now):

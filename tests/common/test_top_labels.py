@@ -18,6 +18,7 @@ def test_names_that_fit_are_themselves() -> None:
 def test_a_name_too_many_is_other() -> None:
     top = TopLabels(2)
     assert [top.fold(name) for name in ("a", "b", "c")] == ["a", "b", OTHER]
+    assert top.names == ["a", "b"]
 
 
 def test_a_busy_newcomer_takes_the_place_of_the_idlest() -> None:

@@ -13,7 +13,7 @@ from deploy.grafana.dashboards import DASHBOARDS
 from deploy.grafana.panels import FOLDER, Dashboard, path_of, to_json
 from gateway.metrics import GatewayMetrics
 from gpu_worker.metrics import WorkerMetrics
-from scheduler.metrics import SchedulerMetrics, active_gauge
+from scheduler.metrics import FairnessDeficit, SchedulerMetrics, active_gauge
 from tests.checkout import read
 
 
@@ -52,6 +52,8 @@ def names_of_ours() -> set[str]:
     GatewayMetrics(registry)
     active_gauge(registry)
     SchedulerMetrics(registry, lambda: 0.0)
+    FairnessDeficit(registry, "seconds", dict, 1)
+    FairnessDeficit(registry, "tokens", dict, 1)
     WorkerMetrics(registry)
     StoreMetrics(registry)
     RedisMetrics(registry)

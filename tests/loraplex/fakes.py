@@ -58,6 +58,7 @@ class FakeGateway:
         self.failing_calls = 10**9
         self.words_before_failure = 0
         self.serving = True
+        self.waiting_tenants: list[scheduler_pb2.TenantSnapshot] = []
         self.holds_streams = False
         self.stream_ended = Event()
 
@@ -168,7 +169,8 @@ class FakeGateway:
     def GetState(self, request: scheduler_pb2.GetStateRequest, context: Any) -> scheduler_pb2.GetStateResponse:
         self._note(request, context)
         info = scheduler_pb2.WorkerInfo(worker_id="worker-0", state=scheduler_pb2.WORKER_STATE_READY)
-        return scheduler_pb2.GetStateResponse(scheduler_epoch=3, workers=[scheduler_pb2.WorkerSnapshot(info=info)])
+        workers = [scheduler_pb2.WorkerSnapshot(info=info)]
+        return scheduler_pb2.GetStateResponse(scheduler_epoch=3, workers=workers, tenants=self.waiting_tenants)
 
     def check_health(self, request: bytes, context: Any) -> bytes:
         """grpc.health.v1 on the wire: field 1 is SERVING or NOT_SERVING."""

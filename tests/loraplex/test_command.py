@@ -13,6 +13,7 @@ from loraplex.command import build_parser, main
 from loraplex.commands.terminal import program
 from loraplex.fleet import Fleet
 from loraplex.requests import GenerateOptions
+from loraplex.v1 import scheduler_pb2
 from tests.loraplex import fakes
 from tests.loraplex.fake_services import is_running, write_model, write_services
 from tests.loraplex.fakes import FakeGateway
@@ -182,6 +183,19 @@ def test_status_asks_the_scheduler_too(address: str, capsys: pytest.CaptureFixtu
     *_, summary, _, worker = capsys.readouterr().out.splitlines()
     assert summary.startswith(f"scheduler {address}: epoch 3, ")
     assert worker.split()[:2] == ["worker-0", "ready"]
+
+
+def test_status_says_who_waits_and_lacks_how_much(
+    address: str, gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.waiting_tenants = [
+        scheduler_pb2.TenantSnapshot(tenant="gold", weight=4, queued_requests=2, queued_seconds=1.5, deficit=0.25),
+        scheduler_pb2.TenantSnapshot(tenant="rest", weight=1, queued_requests=9, queued_seconds=30),
+    ]
+    assert main(["status", "--gateway", address, "--scheduler", address]) == 0
+    gold, rest = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert gold == ["gold", "4", "2", "1.5", "0.2"]
+    assert rest == ["rest", "1", "9", "30.0", "not", "counted"]
 
 
 def test_what_to_type_is_found_from_the_users_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
 """The counters of clients: who is lifted how far when it comes back, and what is forgotten."""
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from scheduler.core.clock import Clock
 from scheduler.core.ledger import Ledger
 
@@ -85,3 +89,49 @@ def test_a_client_that_has_more_than_the_others_keeps_that_place_too() -> None:
     ledger.leave("session")
     ledger.join("session")
     assert ledger.counter("session") == 6.0
+
+
+def waiting(ledger: Ledger, **service: float) -> None:
+    """Each client has a queued request and had this service."""
+    for client in service:
+        ledger.join(client)
+        ledger.queue(client)
+    for client, amount in service.items():
+        ledger.charge(client, amount)
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.floats(0.1, 10), st.floats(0, 1000)), min_size=1))
+def test_a_deficit_is_what_a_client_lacks_of_its_part_of_all_service(clients: dict[str, tuple[float, float]]) -> None:
+    ledger = Ledger({client: weight for client, (weight, _) in clients.items()})
+    waiting(ledger, **{client: service for client, (_, service) in clients.items()})
+    weights, services = (sum(values) for values in zip(*clients.values(), strict=True))
+    lacking = {client: services * weight / weights - service for client, (weight, service) in clients.items()}
+    expected = {client: max(0.0, lacks) for client, lacks in lacking.items()}
+    assert ledger.deficits() == pytest.approx(expected, abs=1e-6)
+
+
+def test_who_only_runs_counts_and_lacks_nothing() -> None:
+    ledger = Ledger({})
+    waiting(ledger, waits=0.0)
+    ledger.join("runs")
+    ledger.charge("runs", 10.0)
+    assert ledger.deficits() == {"waits": 5.0}
+
+
+def test_who_has_left_does_not_count() -> None:
+    ledger = Ledger({})
+    waiting(ledger, waits=0.0, leaves=10.0)
+    ledger.unqueue("leaves")
+    ledger.leave("leaves")
+    assert ledger.deficits() == {"waits": 0.0}
+
+
+def test_service_that_was_charged_and_not_given_is_lacking() -> None:
+    ledger = Ledger({})
+    waiting(ledger, had=10.0, charged=10.0)
+    ledger.charge("charged", -10.0)
+    assert ledger.deficits() == {"had": 0.0, "charged": 5.0}
+
+
+def test_without_clients_nobody_lacks_anything() -> None:
+    assert Ledger({}).deficits() == {}

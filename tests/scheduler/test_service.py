@@ -311,6 +311,16 @@ async def test_no_task_outlives_its_stream(cell: Cell) -> None:
         pass
 
 
+async def scrape(cell: Cell) -> list[str]:
+    """The lines of /metrics."""
+
+    def get() -> str:
+        with urllib.request.urlopen(f"http://{cell.service.server.metrics_address}/metrics") as response:
+            return str(response.read().decode())
+
+    return (await asyncio.to_thread(get)).splitlines()
+
+
 async def test_the_figures_are_exposed(cell: Cell) -> None:
     worker, gateway = await cell.worker(num_pages=8), await cell.gateway()
     await gateway.submit(make_spec("first", "a", max_tokens=8))
@@ -318,12 +328,7 @@ async def test_the_figures_are_exposed(cell: Cell) -> None:
     await worker.offer()
     await until(cell, queued_requests=1)
 
-    def get() -> str:
-        with urllib.request.urlopen(f"http://{cell.service.server.metrics_address}/metrics") as response:
-            text: str = response.read().decode()
-            return text
-
-    lines = (await asyncio.to_thread(get)).splitlines()
+    lines = await scrape(cell)
     assert 'loraplex_scheduler_queued_requests{model="tiny"} 1.0' in lines
     assert 'loraplex_scheduler_queued_tokens{model="tiny"} 24.0' in lines
     assert 'loraplex_scheduler_workers{state="ready"} 1.0' in lines
@@ -335,6 +340,32 @@ async def test_the_figures_are_exposed(cell: Cell) -> None:
     assert any(line.startswith("loraplex_scheduler_decision_seconds_count") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("policy", "unit", "lacks"), [("vtc", "tokens", 4.0), ("fair", "seconds", None), ("fcfs", "", None)]
+)
+async def test_who_waits_lacks_half_of_what_the_other_was_charged(
+    start_cell: StartCell, policy: str, unit: str, lacks: float | None
+) -> None:
+    """Two tenants, room for one of them: eight prompt tokens are charged when they are given to the worker."""
+    cell = await start_cell(policy=policy, worker_grace_seconds=1000.0)
+    gateway = await cell.gateway()
+    for tenant in ("one", "two"):
+        spec = make_spec(tenant, max_tokens=24)
+        spec.key.tenant = tenant
+        await gateway.submit(spec)
+    await until(cell, queued_requests=2)
+    worker = await cell.worker(num_pages=8)
+    given = (await worker.offer()).request.key.tenant
+    (waiting,) = (await until(cell, queued_requests=1)).tenants
+    assert waiting.HasField("deficit") is bool(unit)
+    assert lacks is None or waiting.deficit == lacks
+    prefix = "loraplex_scheduler_fairness_deficit_"
+    lines = [line for line in await scrape(cell) if line.startswith(prefix)]
+    shown = [(given, 0.0), (waiting.tenant, waiting.deficit), ("_other", 0.0)] if unit else []
+    assert sorted(lines) == sorted(f'{prefix}{unit}{{tenant="{tenant}"}} {value}' for tenant, value in shown)
+    assert waiting.deficit > 0 or not unit
+
+
 async def test_a_fenced_worker_leaves_a_log_line_and_a_metric(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
     worker = await cell.worker()
     with caplog.at_level(logging.ERROR, logger="scheduler.dispatcher"):
@@ -343,9 +374,4 @@ async def test_a_fenced_worker_leaves_a_log_line_and_a_metric(cell: Cell, caplog
             await worker.command()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["worker fenced"]
 
-    def scrape() -> str:
-        with urllib.request.urlopen(f"http://{cell.service.server.metrics_address}/metrics") as response:
-            return str(response.read().decode())
-
-    text = await asyncio.to_thread(scrape)
-    assert 'loraplex_scheduler_workers_fenced_total{reason="pages"} 1.0' in text
+    assert 'loraplex_scheduler_workers_fenced_total{reason="pages"} 1.0' in await scrape(cell)

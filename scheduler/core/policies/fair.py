@@ -4,7 +4,7 @@ from scheduler.core.costs import CostModel
 from scheduler.core.lazy_heap import Place
 from scheduler.core.ledger import Ledger
 from scheduler.core.model import Request
-from scheduler.core.policies.protocol import LaneName
+from scheduler.core.policies.protocol import LaneName, Unit
 from scheduler.core.policies.vtc import Metered
 
 
@@ -24,6 +24,7 @@ class Fair(Metered):
 
     clusters = True
     preempts = True
+    unit: Unit = "seconds"
 
     def __init__(self, ledger: Ledger, costs: CostModel) -> None:
         super().__init__(ledger)

@@ -1,12 +1,14 @@
 """What a policy is: the order of requests in a lane, of lanes in a group, and of groups in a line."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Literal, Protocol
 
 from scheduler.core.lazy_heap import Place
 from scheduler.core.model import Request
 
 # (group, lane in it).
 LaneName = tuple[str, str]
+Unit = Literal["", "seconds", "tokens"]
 
 
 class Policy(Protocol):
@@ -20,6 +22,8 @@ class Policy(Protocol):
     clusters: bool
     # A tenant far below its share of a worker has a request of one above its share preempted.
     preempts: bool
+    # What service is counted in; empty when it is not counted.
+    unit: Unit
     # `newest_first` may change while requests are queued.
     reversible: bool
 
@@ -46,6 +50,9 @@ class Policy(Protocol):
 
     def service(self, tenant: str) -> float | None:
         """What the tenant has had over its weight; None when that is not counted."""
+
+    def deficits(self) -> Mapping[str, float]:
+        """Service that each tenant that waits lacks of its share; empty when that is not counted. On any thread."""
 
     def queued(self, request: Request) -> None:
         """It waits from now on."""
@@ -74,6 +81,7 @@ class Unmetered:
 
     clusters = False
     preempts = False
+    unit: Unit = ""
     reversible = False
 
     @property
@@ -88,6 +96,9 @@ class Unmetered:
 
     def service(self, tenant: str) -> float | None:
         return None
+
+    def deficits(self) -> Mapping[str, float]:
+        return {}
 
     def queued(self, request: Request) -> None:
         pass

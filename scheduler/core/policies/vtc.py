@@ -1,11 +1,12 @@
 """The Virtual Token Counter: whoever has had the fewest tokens goes first."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from scheduler.core.lazy_heap import Place
 from scheduler.core.ledger import Ledger
 from scheduler.core.model import Request
-from scheduler.core.policies.protocol import LaneName, Unmetered
+from scheduler.core.policies.protocol import LaneName, Unit, Unmetered
 
 # Prices of a token (Sheng et al., OSDI 2024).
 INPUT_PRICE = 1.0
@@ -26,6 +27,9 @@ class Metered(Unmetered, ABC):
 
     def service(self, tenant: str) -> float | None:
         return self.ledger.counter(tenant)
+
+    def deficits(self) -> Mapping[str, float]:
+        return self.ledger.deficits()
 
     def queued(self, request: Request) -> None:
         self.ledger.join(request.tenant)
@@ -71,6 +75,8 @@ class VirtualTokenCounter(Metered):
     requests of the base model count like any other, a client that returns while others merely run is lifted too, and
     a head that does not fit does not stop the others (`Line.candidates`). A higher priority goes first in its tenant.
     """
+
+    unit: Unit = "tokens"
 
     def lane_of(self, request: Request) -> LaneName:
         return request.tenant, ""

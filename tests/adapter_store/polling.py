@@ -12,7 +12,7 @@ _Result = TypeVar("_Result")
 _STEP_SECONDS = 0.02
 
 
-async def eventually(call: Callable[[], Awaitable[_Result]], *, within_seconds: float = 10.0) -> _Result:
+async def eventually(call: Callable[[], Awaitable[_Result]], *, within_seconds: float = 60.0) -> _Result:
     """The first result of `call` that is neither an error of the store nor false."""
     deadline = time.monotonic() + within_seconds
     while True:

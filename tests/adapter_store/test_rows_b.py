@@ -88,7 +88,7 @@ async def fetched_by_a_worker(service: StoreService, tmp_path: Path, version: st
     cache = BlobCache(tmp_path / "cache", 2**30)
     fetcher = Fetcher(service.server.address, cache, metrics, replies.put_nowait, volume)
     fetcher.fetch(engine_pb2.AdapterNeeded(tenant=TENANT, adapter_version=version))
-    fetched = (await asyncio.wait_for(replies.get(), timeout=5)).adapter_fetched
+    fetched = (await asyncio.wait_for(replies.get(), timeout=100)).adapter_fetched
     await fetcher.close()
     cache.close()
     path = Path(fetched.path)

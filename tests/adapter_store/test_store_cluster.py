@@ -61,10 +61,10 @@ async def test_a_watcher_of_one_store_hears_of_the_other(clients: Clients) -> No
     watch = second.watch()
     assert (await anext(watch)).caught_up
     adapter = (await first.upload("a", make_files())).adapter
-    response = await asyncio.wait_for(anext(watch), timeout=10)
+    response = await asyncio.wait_for(anext(watch), timeout=100)
     assert [change.put for change in response.changes] == [adapter]
     await first.delete("a")
-    response = await asyncio.wait_for(anext(watch), timeout=10)
+    response = await asyncio.wait_for(anext(watch), timeout=100)
     assert response.changes[0].removal.adapter_id == "a"
 
 

@@ -123,7 +123,7 @@ def test_unterminated_strings_take_no_time(text: str) -> None:
     with pytest.raises(InvalidArgument):
         parse_config(text.encode())
     # Quadratic scanning of these takes seconds.
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("target_modules", ["all-linear", "(a+)+$", ".*proj"])

@@ -57,7 +57,7 @@ def test_a_store_process_is_small_and_has_no_torch(process: tuple[subprocess.Pop
     with urllib.request.urlopen(f"http://{addresses['metrics']}/metrics") as response:
         assert "loraplex_store_adapters 1.0" in response.read().decode()
     store.send_signal(signal.SIGTERM)
-    assert store.wait(timeout=10) == 0
+    assert store.wait(timeout=100) == 0
 
 
 def test_a_store_without_its_model_says_so_in_one_line(tmp_path: Path) -> None:

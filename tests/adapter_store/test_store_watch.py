@@ -29,7 +29,7 @@ async def caught_up(watch: Watch) -> tuple[list[pb.AdapterChange], bool]:
 
 
 async def live(watch: Watch) -> list[pb.AdapterChange]:
-    response = await asyncio.wait_for(anext(watch), timeout=10)
+    response = await asyncio.wait_for(anext(watch), timeout=100)
     assert not response.caught_up
     assert not response.resync
     return list(response.changes)

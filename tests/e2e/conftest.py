@@ -8,6 +8,7 @@ import pytest
 from loraplex.fleet import Fleet
 from tests.e2e.support import running_fleet
 from tests.e2e.tiny_model import (
+    ENDLESS_POOL,
     MIN_MARGIN,
     PARITY_ADAPTERS,
     AdapterRecipe,
@@ -17,6 +18,7 @@ from tests.e2e.tiny_model import (
     prompt_for,
     save_adapter,
     save_base,
+    with_long_context,
 )
 
 # Found by trying seeds until every continuation below has a margin above MIN_MARGIN.
@@ -56,4 +58,13 @@ def many_adapters(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def fleet(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One worker that serves the tiny model with its eight adapters."""
     with running_fleet(tiny.base, tmp_path_factory.mktemp("fleet"), tiny.adapters) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def endless_fleet(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """The same with room for streams that end only when a test ends them: `max_tokens=ENDLESS`."""
+    folder = tmp_path_factory.mktemp("endless")
+    base = with_long_context(tiny.base, folder / "base")
+    with running_fleet(base, folder / "fleet", tiny.adapters, gpu_worker=ENDLESS_POOL) as running:
         yield running

@@ -13,10 +13,13 @@ import grpc
 from loraplex import AsyncClient, Client
 from loraplex.fleet import Fleet, FleetOptions, Service
 from loraplex.metrics import fetch_metrics
+from loraplex.retries import RetryPolicy
 from loraplex.v1 import memory_pb2, memory_pb2_grpc
 from tests.e2e.tiny_model import NUM_TOKENS
 
-DEADLINE_SECONDS = 100.0
+DEADLINE_SECONDS = 200.0
+# Of a client that asks while a part of the fleet comes back: hints of a second make it 15 s at least.
+PATIENT = RetryPolicy(attempts=5)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from tests.e2e.support import finish_counts, memory_usage, running_fleet, until
 from tests.e2e.tiny_model import ENDLESS, ENDLESS_POOL, TinyModel, with_long_context
 
 NUM_STREAMS = 100
-DEADLINE_SECONDS = 10.0
+# Who is late by a twentieth of it is still counted as out of time, however busy the gateway is.
+DEADLINE_SECONDS = 20.0
 
 
 async def stream_of(client: AsyncClient, name: str, prompt: list[int], rng: random.Random) -> str:
@@ -66,4 +67,4 @@ async def test_every_stream_ends_once_and_the_counts_agree(
         assert set(ends) == {"length", "cancelled", "deadline"}
         until(lambda: finish_counts(worker).total() == NUM_STREAMS, "the worker has ended every stream")
         assert finish_counts(worker) == ends
-        assert memory_usage(worker).memory.kv_pages == 0
+        until(lambda: memory_usage(worker).memory.kv_pages == 0, "their pages are free")

@@ -9,8 +9,8 @@ import pytest
 from loraplex import AsyncClient
 from loraplex.errors import Unavailable
 from loraplex.fleet import Fleet
-from tests.e2e.support import greedy_tokens, metric, until
-from tests.e2e.tiny_model import TinyModel
+from tests.e2e.support import PATIENT, greedy_tokens, metric, until
+from tests.e2e.tiny_model import ENDLESS, TinyModel
 
 
 def engine_of(fleet: Fleet) -> int:
@@ -19,13 +19,13 @@ def engine_of(fleet: Fleet) -> int:
 
 
 async def test_the_stream_fails_with_a_retry_hint_and_the_worker_is_back_by_itself(
-    tiny: TinyModel, fleet: Fleet
+    tiny: TinyModel, endless_fleet: Fleet
 ) -> None:
-    worker = fleet.workers[0]
-    async with AsyncClient(fleet.gateway.address) as client:
-        stream = client.stream(tiny.prompts["rank-8"], "rank-8", temperature=0.0, max_tokens=400, ignore_eos=True)
+    worker = endless_fleet.workers[0]
+    async with AsyncClient(endless_fleet.gateway.address, retries=PATIENT) as client:
+        stream = client.stream(tiny.prompts["rank-8"], "rank-8", temperature=0.0, max_tokens=ENDLESS, ignore_eos=True)
         await anext(stream)
-        os.kill(engine_of(fleet), signal.SIGKILL)
+        os.kill(engine_of(endless_fleet), signal.SIGKILL)
         with pytest.raises(Unavailable) as caught:
             async for _ in stream:
                 pass

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from loraplex import Client
 from tests.e2e.tiny_model import TinyModel
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 200
 
 
 def command(model: Path, data_dir: Path, *arguments: str) -> list[str]:

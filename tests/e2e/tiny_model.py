@@ -18,10 +18,11 @@ VOCAB_SIZE = 259
 MIN_MARGIN = 1e-3
 
 
-# Far more than a stream can get before a test ends it; and a context and a pool for many of them.
-ENDLESS = 8000
-LONG_CONTEXT = 8192
-ENDLESS_POOL = ["--memory", "512MiB"]
+# Far more than a stream can get before a test ends it; and a context and a pool for many of them. The part of the pool
+# that is not written takes no memory.
+ENDLESS = 30_000
+LONG_CONTEXT = 32_768
+ENDLESS_POOL = ["--memory", "2GiB"]
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ async def start_fleet() -> AsyncIterator[StartFleet]:
         await fleet.gateway.stop()
         for peer in (fleet.scheduler, fleet.worker, fleet.store):
             await peer.stop()
+            peer.give_back_port()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from loraplex.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from tests.adapter_store.redis_server import free_port
 
 VERSION = "a" * 64
 # Byte b is token b + 3; 0 is padding, 1 starts and 2 ends a sequence.
@@ -71,8 +72,15 @@ def adapter(adapter_id: str, tenant: str = "default", sequence: int = 1) -> adap
     )
 
 
+# Of peers that are gone for good. A port is used again, as each that was ever taken is kept from others by a socket.
+_idle_ports: set[int] = set()
+
+
 class _Peer:
-    """A server on a free port, with this object's methods as the handlers of a service."""
+    """A server on a free port, with this object's methods as the handlers of a service.
+
+    Nobody else gets the port while the peer is away for a moment.
+    """
 
     def __init__(self, service: Any, add_to_server: Any) -> None:
         self.server = grpc.aio.server()
@@ -95,8 +103,14 @@ class _Peer:
             await self.context.write(message)
 
     async def start(self) -> None:
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if not self.port:
+            self.port = _idle_ports.pop() if _idle_ports else free_port()
+        assert self.server.add_insecure_port(self.address) == self.port
         await self.server.start()
+
+    def give_back_port(self) -> None:
+        """The peer was stopped, and no other takes its place."""
+        _idle_ports.add(self.port)
 
     async def stop(self) -> None:
         await self.server.stop(None)

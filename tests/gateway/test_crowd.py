@@ -13,6 +13,8 @@ from tests.gateway.conftest import Fleet, ask, read_all
 from tests.gateway.fakes import token_ids, tokens
 
 NUM_STREAMS = 100
+# Far more than it takes to place those that have one; they come last.
+DEADLINE_SECONDS = 15.0
 KINDS = ("length", "stop", "cancelled", "deadline")
 CAUSES = {
     scheduler_pb2.ABORT_CAUSE_STOP: "stop",
@@ -24,7 +26,7 @@ TEXT = "the quick brown fox END jumps"
 
 def call_of(fleet: Fleet, kind: str, request_id: str) -> Any:
     stopping = types_pb2.StoppingParams(stop=["END"] if kind == "stop" else [])
-    timeout = 6.0 if kind == "deadline" else None
+    timeout = DEADLINE_SECONDS if kind == "deadline" else None
     return fleet.api.GenerateStream(ask(stopping=stopping), timeout=timeout, metadata=[("x-request-id", request_id)])
 
 
@@ -63,11 +65,15 @@ async def produce(fleet: Fleet, waiting: list[Iterator[worker_pb2.SequenceTokens
 async def test_every_stream_ends_once_and_the_causes_agree_with_the_clients(fleet: Fleet) -> None:
     chance = random.Random(7)
     kinds = {f"r{index}": chance.choice(KINDS) for index in range(NUM_STREAMS)}
-    calls = {request_id: call_of(fleet, kind, request_id) for request_id, kind in kinds.items()}
-    outcomes = asyncio.gather(*(outcome(call, kinds[request_id]) for request_id, call in calls.items()))
-    keys = [await fleet.running() for _ in calls]
+    outcomes: dict[str, asyncio.Task[str]] = {}
+    keys: list[types_pb2.RequestKey] = []
+    for late in (False, True):
+        together = {request_id: kind for request_id, kind in kinds.items() if (kind == "deadline") is late}
+        for request_id, kind in together.items():
+            outcomes[request_id] = asyncio.create_task(outcome(call_of(fleet, kind, request_id), kind))
+        keys += [await fleet.running() for _ in together]
     await produce(fleet, [pieces(key, kinds[key.request_id], chance) for key in keys], chance)
-    assert dict(zip(calls, await outcomes, strict=True)) == kinds
+    assert {request_id: await task for request_id, task in outcomes.items()} == kinds
     expected = Counter(kind for kind in kinds.values() if kind != "length")
     aborts = [await fleet.worker.aborts.get() for _ in range(expected.total())]
     assert Counter(CAUSES[abort.cause] for abort in aborts) == expected

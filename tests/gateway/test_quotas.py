@@ -1,6 +1,7 @@
 """What a tenant may start in a minute, at one gateway and over several that share a Redis."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,11 +84,13 @@ class TestShared:
     async def test_the_sum_over_gateways_is_bounded(self, redis_server: RedisServer) -> None:
         gateways = [Shared(redis_server, Limits(requests=30)) for _ in range(2)]
         # Each has its connection before they race.
+        started_at = time.monotonic()
         first = [await gateway.started(1) for gateway in gateways]
         passed = await asyncio.gather(*(gateway.started(40) for gateway in gateways))
-        # A bucket of 30 fills up again by one in two seconds; this is for a machine that is busy.
+        # A bucket of 30 fills up again by one in two seconds.
+        refilled = (time.monotonic() - started_at) / 2
         assert first == [1, 1]
-        assert 28 <= sum(passed) <= 38
+        assert 28 <= sum(passed) <= 29 + refilled
         assert [gateway.alone for gateway in gateways] == [0, 0]
         for gateway in gateways:
             await gateway.quotas.close()

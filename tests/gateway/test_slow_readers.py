@@ -72,7 +72,8 @@ async def test_a_client_that_leaves_more_than_its_buffer_is_cut_off_at_once(
 
 
 async def test_what_a_cut_off_client_then_reads_is_the_beginning(start_fleet: StartFleet, unread: Unread) -> None:
-    fleet = await start_fleet(write_stall_seconds=0.1)
+    # Long enough that the first messages get through.
+    fleet = await start_fleet(write_stall_seconds=2.0)
     call, _ = await unread(fleet)
     await fleet.worker.aborts.get()
     offsets, received = [], [0]

@@ -165,7 +165,7 @@ async def test_a_call_that_nobody_reads_is_aborted_when_it_is_cancelled(fleet: F
 
 
 async def test_a_passed_deadline_is_aborted_everywhere(fleet: Fleet) -> None:
-    call = fleet.api.GenerateStream(ask(), timeout=2)
+    call = fleet.api.GenerateStream(ask(), timeout=4)
     key = await fleet.running()
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
     for abort in (await fleet.worker.aborts.get(), await fleet.scheduler.aborted()):
@@ -173,7 +173,7 @@ async def test_a_passed_deadline_is_aborted_everywhere(fleet: Fleet) -> None:
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_aborted_at_the_scheduler(fleet: Fleet) -> None:
-    call = fleet.api.Generate(ask(), timeout=2)
+    call = fleet.api.Generate(ask(), timeout=4)
     spec = await fleet.scheduler.submitted()
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
     abort = await fleet.scheduler.aborted()

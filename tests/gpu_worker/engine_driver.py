@@ -15,7 +15,7 @@ from tests.gpu_worker.step_modes import IN_TURN
 from tests.gpu_worker.tiny_model import PAGE_BYTES, TinyAdapter
 
 # A load takes milliseconds; only a bug makes it take this long.
-LOAD_SECONDS = 20.0
+LOAD_SECONDS = 100.0
 UNLIMITED_STEPS = 5000
 
 

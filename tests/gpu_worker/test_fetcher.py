@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.wire import layout_to_proto
-from gpu_worker import download
+from gpu_worker import download, fetcher
 from gpu_worker.blob_cache import BlobCache
 from gpu_worker.fetcher import Fetcher
 from gpu_worker.metrics import WorkerMetrics
@@ -22,7 +22,7 @@ from loraplex.v1 import engine_pb2
 from tests.gpu_worker.neighbours import CHUNK_BYTES, FakeStore, serving
 from tests.gpu_worker.tiny_model import TinyAdapter
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 100.0
 
 
 class Answers:
@@ -180,6 +180,11 @@ async def test_two_versions_of_the_same_bytes_come_at_once(answers: Answers, sto
 
 class TestBrokenTransfers:
     """Three chunks of a thousand bytes and a rest: what has come is not asked for again."""
+
+    @pytest.fixture(autouse=True)
+    def patience(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However long a busy machine takes between two breaks."""
+        monkeypatch.setattr(fetcher, "RETRY_SECONDS", TIMEOUT_SECONDS)
 
     async def test_it_goes_on_where_it_broke(self, answers: Answers, store: FakeStore) -> None:
         store.breaks = {("rank-8", 2)}

@@ -15,7 +15,7 @@ from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 from tests.gpu_worker.engine_driver import key, new_offer
 from tests.gpu_worker.neighbours import FakeScheduler, serving
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 100.0
 RUNNING, FINISHED = scheduler_pb2.REQUEST_STATE_RUNNING, scheduler_pb2.REQUEST_STATE_FINISHED
 
 

@@ -17,7 +17,7 @@ from tests.gpu_worker.tiny_model import CONTEXT, TinyAdapter
 from tests.gpu_worker.worker_process import DEADLINE_SECONDS, WorkerProcess, has_ended, libraries, started
 
 PROMPT = list(range(2, 12))
-NUM_LONG = 60
+NUM_LONG = 500
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ async def test_sigterm_ends_both_processes(worker: WorkerProcess, scheduler: Fak
         # What runs may finish; then the stream ends, and nobody waits for the rest of the drain time.
         _, last = await gateway.until_finished()
         assert last.finish_reason == types_pb2.FINISH_REASON_LENGTH
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             assert await gateway.next() == []
             assert await worker.process.wait() == 0
     assert has_ended(engine)

@@ -19,7 +19,7 @@ from tests.gpu_worker.neighbours import FakeScheduler
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two processes start, one of them with torch, on busy cores.
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 100.0
 
 Attach = "grpc.aio.StreamStreamCall[worker_pb2.AttachRequest, worker_pb2.AttachResponse]"
 

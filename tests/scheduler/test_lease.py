@@ -23,8 +23,8 @@ from tests.adapter_store.redis_server import PATIENT_SECONDS, RedisServer
 from tests.checkout import ROOT
 from tests.scheduler.fakes import FakeGateway, FakeWorker, make_spec
 
-# A machine that is busy with something else may keep a process from renewing for a second.
-LEASE_SECONDS = 2.5
+# A machine that is busy with something else may keep a process from renewing for seconds.
+LEASE_SECONDS = 6.0
 # A takeover takes a lease and a bit; this is for a machine that is busy with something else.
 DEADLINE_SECONDS = 50.0
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
@@ -136,7 +136,7 @@ class Pair:
     """An active scheduler and its standby; what is dialled is both."""
 
     def __init__(self, redis_url: str) -> None:
-        self._options = ["--redis", redis_url, "--lease-seconds", str(LEASE_SECONDS)]
+        self._options = ["--redis", redis_url, "--lease-seconds", str(LEASE_SECONDS), "--redis-timeout-seconds", "2"]
         self._options += ["--recovery-seconds", "0", "--drain-seconds", "0"]
         self.active = self.start()
         self.standby = self.active

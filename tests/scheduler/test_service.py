@@ -182,7 +182,7 @@ async def test_a_new_scheduler_counts_sequences_in_flight_and_does_not_offer_the
 
 
 async def test_a_new_scheduler_listens_to_the_workers_before_it_places(start_cell: StartCell) -> None:
-    cell = await start_cell(recovery_seconds=2.0)
+    cell = await start_cell(recovery_seconds=5.0)
     gateway = await cell.gateway()
     await gateway.submit(make_spec("r"))
     await cell.worker("w0")

@@ -3,6 +3,8 @@
 from scheduler.core.history import Ended
 from scheduler.core.model import Request, RequestState
 from scheduler.core.scheduler import Scheduler
+from scheduler.core.settings import Settings
+from scheduler.core.worker import Worker
 
 MAX_WORKERS = 8
 
@@ -59,8 +61,8 @@ def _explain_queued(scheduler: Scheduler, request: Request, now: float) -> list[
             f"{line.cost_seconds:.1f} s of work, {line.cost_of(request.tenant):.1f} s of it of its tenant."
         )
     for worker in ready[:MAX_WORKERS]:
-        if obstacle := worker.obstacle(request):
-            sentences.append(f"Worker {worker.worker_id} cannot take it now: {obstacle}.")
+        if why := obstacle(worker, request, scheduler.settings):
+            sentences.append(f"Worker {worker.worker_id} cannot take it now: {why}.")
         else:
             sentences.append(f"Worker {worker.worker_id} has room for it, but others go first there.")
     if len(ready) > MAX_WORKERS:
@@ -85,3 +87,26 @@ def _explain_placed(scheduler: Scheduler, request: Request) -> str:
         where = f"waits in the local queue of worker {worker.worker_id} with {worker.num_waiting - 1} others"
     aborted = "; it was aborted and the worker has not confirmed that" if request.aborted else ""
     return f"{_name(request)} {where}{aborted}."
+
+
+def obstacle(worker: Worker, request: Request, settings: Settings) -> str:
+    """Why the worker cannot be given the request now, with the limit and the value; empty when it can."""
+    capacity, room = worker.capacity, worker.room
+    sequences = room.num_sequences + request.num_outputs
+    if worker.draining:
+        return "it is draining"
+    if not room.could_ever_fit(request):
+        return "its pool is too small"
+    if sequences > capacity.max_sequences:
+        return f"it would have {sequences} sequences and its limit is {capacity.max_sequences}"
+    if worker.num_waiting >= settings.max_waiting_requests:
+        return f"{worker.num_waiting} requests wait there and the limit is {settings.max_waiting_requests}"
+    if not room.fits_adapter(request):
+        return (
+            f"adapters in use would need {room.adapter_pages_with(request)} pages and may have "
+            f"{settings.adapter_pool_share:g} of the pool's {capacity.num_pages}; they take turns"
+        )
+    if not worker.can_take(request):
+        peak = room.peak_pages_with(request)
+        return f"its requests would need {peak} pages at their peak and its pool has {capacity.num_pages}"
+    return ""

@@ -76,9 +76,9 @@ class Placement:
         counted_steps = self._settings.rank_cost_share * steps if request.adapter else 0.0
         loads = {}
         for group in self._fleet.alike:
-            if not group[0].could_ever_take(request):
+            if not group[0].room.could_ever_fit(request):
                 continue
-            pages = group[0].adapter_pages(request)
+            pages = group[0].room.adapter_pages(request)
             for worker in group:
                 tokens: float = worker.outstanding_tokens + worker.line.num_tokens
                 if request.prefix:

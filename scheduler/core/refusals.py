@@ -23,7 +23,7 @@ def too_large(request: Request, workers: Collection[Worker]) -> Refusal:
     """For a request that no worker could ever take; `workers` is not empty."""
     worker = max(workers, key=lambda worker: (worker.capacity.num_pages, worker.worker_id))
     pool, limit = worker.capacity.num_pages, worker.capacity.max_sequences
-    adapter, context = worker.adapter_pages(request), worker.full_pages(request)
+    adapter, context = worker.room.adapter_pages(request), worker.room.full_pages(request)
     metadata = {"pool_pages": str(pool), "adapter_pages": str(adapter), "context_pages": str(context)}
     if adapter > pool:
         message = f"the adapter needs {adapter} pages; the largest pool has {pool}"

@@ -44,7 +44,7 @@ def _longest_waiting(worker: Worker, head: Request | None) -> tuple[Request, flo
         for key in worker.rotated
         if (request := worker.requests[key]).timeline.preempted is not None
     ]
-    if head is not None and not worker.has_room_for_adapter(head):
+    if head is not None and not worker.room.fits_adapter(head):
         waits.append((head.arrived, head))
     if not waits:
         return None
@@ -60,7 +60,7 @@ def _yielding(worker: Worker, request: Request, *, at_home: bool) -> list[tuple[
     turns = sorted((began, adapter) for adapter, began in worker.in_use.turns.items() if adapter != request.adapter)
     if at_home:
         return turns[:1]
-    excess = worker.excess_adapter_pages(request)
+    excess = worker.room.excess_adapter_pages(request)
     for index, (_, adapter) in enumerate(turns):
         excess -= worker.in_use.pages_of(adapter)
         if excess <= 0:

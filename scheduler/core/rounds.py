@@ -59,7 +59,7 @@ class Rounds:
         if line.num_requests:
             for request in self._selection.choose(worker, line, now):
                 self._give(request, worker, now)
-        if worker.rotated or worker.may_be_crowded():
+        if worker.rotated or worker.room.may_be_crowded(worker.line.largest_adapter_bytes):
             head = line.head()
             order_key = rotate(worker, head, now, self._settings)
             if order_key is not None and head is not None and worker.can_take(head):

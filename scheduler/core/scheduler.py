@@ -84,7 +84,7 @@ class Scheduler:
         if limit and request.context_tokens > limit:
             return refusals.context_too_long(request, limit)
         workers = self.fleet.workers
-        if workers and not any(worker.could_ever_take(request) for worker in workers):
+        if workers and not any(worker.room.could_ever_fit(request) for worker in workers):
             return refusals.too_large(request, workers)
         num_requests = self.queue.num_requests + 1
         num_tokens = self.queue.num_tokens + request.cost_tokens

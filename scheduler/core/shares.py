@@ -63,7 +63,7 @@ def _exchange(worker: Worker, settings: Settings) -> tuple[Request, Request] | N
             continue
         if counts[tenant] - victim.num_outputs < of_weight * weights.get(tenant, 1.0):
             continue
-        if worker.has_room_for_adapter(head) and worker.fits_instead_of(head, victim):
+        if worker.room.fits_adapter(head) and worker.can_take_instead_of(head, victim):
             return head, victim
     return None
 

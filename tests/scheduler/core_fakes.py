@@ -318,7 +318,7 @@ def estimated_pages(scheduler: Scheduler, worker_id: str) -> int:
     away = {*worker.rotated, *worker.displaced}
     present = [request for key, request in worker.requests.items() if key not in away]
     pairs = [(request.held_tokens, request.coming_tokens) for request in present]
-    adapters = {request.adapter: worker.adapter_pages(request) for request in present}
+    adapters = {request.adapter: worker.room.adapter_pages(request) for request in present}
     peak = simulated_peak(pairs, worker.capacity.page_size)
     assert peak == peak_pages(pairs, worker.capacity.page_size)
     return peak + sum(adapters.values())

@@ -255,7 +255,7 @@ def test_a_sequence_in_flight_is_not_offered_again_and_its_pages_count() -> None
     worker = scheduler.fleet.get("w0")
     assert worker is not None
     # "old" grows from 11 to 16 tokens in 5 steps and "unknown" from 101 to 106: 4 + 27 pages, and 7 of the adapter.
-    assert worker.peak_pages_with(make_request("none", prompt=0, max_tokens=0)) == 38
+    assert worker.room.peak_pages_with(make_request("none", prompt=0, max_tokens=0)) == 38
     scheduler.abort(key("unknown"))
     assert commands(scheduler, 1.0) == [(1, "abort", key("unknown"))]
 

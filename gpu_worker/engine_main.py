@@ -33,6 +33,7 @@ from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner, Queue, at_once
 from gpu_worker.models import Decoder, load_model
+from gpu_worker.models.recorded import RecordedDecoder
 from gpu_worker.tier_log import TierLog
 from kernels.cpu.memory import keep_freed_memory
 from kernels.gpu import tiles
@@ -141,7 +142,7 @@ def _pool_bytes(config: EngineConfig, model: Decoder, geometry: PageGeometry) ->
 def _place(config: EngineConfig, model: Decoder, geometry: PageGeometry, num_pages: int) -> tuple[PagePool, Forward]:
     """The pool, and what runs batches whose indices are on the CPU."""
     if config.device == "cpu":
-        return PagePool(geometry, num_pages, "cpu"), model
+        return PagePool(geometry, num_pages, "cpu"), RecordedDecoder(model)
     from gpu_worker.cuda.place import place
 
     return place(model, geometry, num_pages, config.max_sequences)

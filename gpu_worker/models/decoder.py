@@ -34,19 +34,37 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits `[num_logits, vocab]` float32 of the batch's `logit_rows`; writes this step's keys and values."""
-        eps = self.config.rms_norm_eps
-        token_ids = batch.token_ids if batch.feed is None else batch.feed.into(batch.token_ids)
-        x = embedding(token_ids, self.weights.embedding)
-        residual = None
         with together():
-            for index, layer in enumerate(self.weights.layers):
-                x, residual = rms_norm(x, layer.input_norm, eps, residual)
-                x = self._attention(x, layer, index, batch)
-                x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
-                x = _mlp(x, layer, index, batch)
-        rows = batch.logit_rows
-        x, _ = rms_norm(x[rows], self.weights.final_norm, eps, None if residual is None else residual[rows])
-        return linear(x, self.weights.lm_head).to(torch.float32)
+            x, residual = self.layers(self.embed(batch), batch)
+        return self.head(x, residual, batch.logit_rows)
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """`[num_tokens, hidden]`."""
+        token_ids = batch.token_ids if batch.feed is None else batch.feed.into(batch.token_ids)
+        return embedding(token_ids, self.weights.embedding)
+
+    def layers(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """The last layer's output and the residual stream to add, `[num_tokens, hidden]` each, of the embedded tokens.
+
+        Reads the sizes and addresses of `batch`, never a value: `RecordedDecoder` runs it for batches without any.
+        """
+        eps = self.config.rms_norm_eps
+        residual = None
+        for index, layer in enumerate(self.weights.layers):
+            x, residual = rms_norm(x, layer.input_norm, eps, residual)
+            x = self._attention(x, layer, index, batch)
+            x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
+            x = _mlp(x, layer, index, batch)
+        assert residual is not None
+        return x, residual
+
+    def head(self, x: Tensor, residual: Tensor, rows: Tensor) -> Tensor:
+        """Logits `[num_logits, vocab]` float32 of `rows [num_logits]`."""
+        x, residual = x[rows], residual[rows]
+        with together():
+            x, _ = rms_norm(x, self.weights.final_norm, self.config.rms_norm_eps, residual)
+            logits = linear(x, self.weights.lm_head)
+        return logits.to(torch.float32)
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:
         head_dim = self.config.geometry.head_dim

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpu_worker.batch import ForwardBatch
 from gpu_worker.memory.costs import CostModel
-from gpu_worker.models.decoder import Decoder
+from gpu_worker.models.recorded import RecordedDecoder
 from tests.gpu_worker.engine_driver import EngineDriver, new_offer
 from tests.gpu_worker.tiny_model import TinyAdapter, write_adapter
 
@@ -157,13 +157,13 @@ def test_changes_of_both_tiers_are_numbered_without_gaps(tiny_checkpoint: Path, 
 
 def while_steps_compute(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> None:
     """Has `call` made whenever the decoder runs."""
-    forward = Decoder.forward
+    forward = RecordedDecoder.forward
 
-    def computing(decoder: Decoder, batch: ForwardBatch) -> Tensor:
+    def computing(decoder: RecordedDecoder, batch: ForwardBatch) -> Tensor:
         call()
         return forward(decoder, batch)
 
-    monkeypatch.setattr(Decoder, "forward", computing)
+    monkeypatch.setattr(RecordedDecoder, "forward", computing)
 
 
 def in_host_tier(checkpoint: Path, adapters: list[TinyAdapter], number: int, **options: Any) -> EngineDriver:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gpu_worker.batch import ForwardBatch
+from gpu_worker.batch import Forward, ForwardBatch
 from gpu_worker.models import Decoder
 from kernels.adapters import AdapterTables
 from tests.kernels.adapter_pool import build_segments
@@ -28,7 +28,8 @@ class Stepper:
     def __init__(self, decoder: Decoder, sequences: Sequence[Running], adapters: AdapterTables | None = None) -> None:
         sizes, num_pages = decoder.config.geometry, len(sequences) * PAGES_PER_SEQUENCE
         shape = num_pages, sizes.num_layers, 2, PAGE_SIZE, sizes.num_kv_heads, sizes.head_dim
-        self.decoder = decoder
+        # whatever runs its batches
+        self.decoder: Forward = decoder
         self.adapters = adapters
         # by adapter, so that the tokens of an adapter are contiguous in every step
         self.sequences = sorted(sequences, key=lambda sequence: sequence.adapter)

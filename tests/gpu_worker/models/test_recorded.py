@@ -161,6 +161,7 @@ def test_a_value_that_is_not_the_batchs_own_is_noticed(
     name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch, other = two_batches(bench)
+    assert other.adapters is not None
     forward = Recorded(bench.decoder)
     wanted = bench.decoder.forward(replace(batch, kv_pages=batch.kv_pages.clone()))
     assert torch.equal(forward.forward(batch), wanted)

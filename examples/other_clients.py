@@ -18,7 +18,7 @@ from loraplex.process import FleetError
 EXAMPLES = Path(__file__).resolve().parent
 ADAPTER = "reverse"
 WORD = "nvdjqif"
-CALL_SECONDS = 60.0
+CALL_SECONDS = 200.0
 
 
 def answer_of_buf(buf: str, gateway: str) -> str:

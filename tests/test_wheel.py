@@ -17,11 +17,11 @@ from loraplex.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.checkout import ROOT, tree_files
 
 # The first test builds the wheel and its environment: two pip runs that may download.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

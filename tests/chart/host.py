@@ -3,7 +3,7 @@
 What a container sees is kept: its command, arguments and environment, its ConfigMaps, Secrets and empty volumes, an
 unprivileged user, a working directory that it cannot write to. What differs: paths of volumes become folders below a
 temporary one, ports become free ones, names of services become 127.0.0.1, and there is no image: the tree itself stands
-for /app.
+for /app, and a scheduler's lease is longer.
 """
 
 import os
@@ -105,7 +105,7 @@ class Host:
         return bool(self._object("Deployment", _SCHEDULER)["spec"]["replicas"] == 2)
 
     def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(encoding="utf-8")[-3000:]
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8")
 
     def _spawn(self, name: str, pod: Manifest, container: Manifest) -> "subprocess.Popen[bytes]":
         mounts = self._mount(name, pod, container)
@@ -127,6 +127,8 @@ class Host:
         """As the container's: nothing of ours but the path, and where Python and the tree are."""
         environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+        # A scheduler that a busy machine keeps waiting must not lose its lease for that.
+        environment["LORAPLEX_LEASE_SECONDS"] = "10"
         for source in container.get("envFrom", []):
             environment |= self._object("ConfigMap", source["configMapRef"]["name"])["data"]
         for variable in container.get("env", []):

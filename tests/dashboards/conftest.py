@@ -23,7 +23,9 @@ from tests.dashboards.prometheus import Prometheus, scraping
 collect_ignore_glob = [] if find_spec("promql_parser") else ["test_*.py"]
 
 DEMO = ROOT / "examples" / "demo_model"
+NUM_WORKERS = 2
 _JOBS = {"adapter_store": "adapter-store", "scheduler": "scheduler", "gateway": "gateway"}
+NUM_TARGETS = len(_JOBS) + NUM_WORKERS
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         model=DEMO / "base",
         model_name="loraplex-demo",
         data_dir=folder / "fleet",
-        workers=2,
+        workers=NUM_WORKERS,
         # Not enough for six adapters and the KV of a crowd: adapters come and go.
         memory="3MiB",
         extra={
@@ -76,15 +78,16 @@ def _targets(fleet: Fleet) -> dict[str, list[str]]:
 
 
 def _make_traffic(gateway: str, ca: Path, workers: list[str], prometheus: Prometheus) -> None:
-    """Adapters arrive one after the other, so that a scrape sees their counters before they grow again."""
+    """Adapters arrive one after the other, and a scrape sees their counters before they grow again."""
     names = sorted(SKILLS)
     with Client(gateway, ca=ca) as client:
         for number, name in enumerate(names, 1):
             client.adapters.push(name, DEMO / "adapters" / name)
             prometheus.until(f"loraplex_store_adapters >= {number}")
             asyncio.run(_crowd(gateway, ca, ["", *names[:number]], requests=8 * number))
-            prometheus.until('sum(loraplex_adapter_loads_total{to_tier="pages"}) > 0')
+            prometheus.until_scraped(NUM_TARGETS)
     asyncio.run(_crowd(gateway, ca, ["", *names], requests=96))
+    prometheus.until_scraped(NUM_TARGETS)
     _pin_one(workers)
     prometheus.until("sum(loraplex_adapter_pinned_count) == 1")
     for record in ("request_error_ratio:rate5m", "warm_first_token_slow_ratio:rate30m"):

@@ -16,7 +16,7 @@ import yaml
 from tests.adapter_store.redis_server import free_port
 from tests.checkout import ROOT
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 200.0
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 # Grafana puts at least four scrapes here.
 RATE_INTERVAL = "20s"
@@ -35,7 +35,7 @@ class Prometheus:
     def ask(self, path: str, **arguments: str) -> Any:
         """The `data` of an answer. Raises HTTPError when the expression is refused."""
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(arguments)}"
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             return json.load(response)["data"]
 
     def instant(self, expression: str) -> list[float]:
@@ -57,6 +57,10 @@ class Prometheus:
         while not self.instant(expression):
             assert time.monotonic() < deadline, f"no data for {expression}"
             time.sleep(0.1)
+
+    def until_scraped(self, num_targets: int) -> None:
+        """Returns once every target was scraped after this moment."""
+        self.until(f"count(up) == {num_targets} and min(up) == 1 and min(timestamp(up)) > {time.time()}")
 
 
 @contextmanager

@@ -30,8 +30,6 @@ DEADLINE_SECONDS = 50.0
 SERVICE = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
-pytestmark = pytest.mark.timeout(100)
-
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:

@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from gpu_worker.batching import Batcher
-from gpu_worker.host_tier import HostTier
 from gpu_worker.memory.manager import MemoryManager
+
+if TYPE_CHECKING:
+    from gpu_worker.host_tier import HostTier
 
 # Distinct adapters looked at from the head of the queue on: more would not be admitted before much else has changed.
 LOOKAHEAD = 64
@@ -36,7 +39,7 @@ class Prefetcher:
     scheduler, of operators, of a restart) take free pages only.
     """
 
-    def __init__(self, batcher: Batcher, memory: MemoryManager, host: HostTier) -> None:
+    def __init__(self, batcher: Batcher, memory: MemoryManager, host: "HostTier") -> None:
         self._batcher = batcher
         self._memory = memory
         self._host = host

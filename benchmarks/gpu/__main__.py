@@ -16,7 +16,7 @@ def _rows(command: str, device_name: str, table: Path | None) -> Iterator[dict[s
     # After the environment is set: triton decides at import whether it interprets.
     import torch
 
-    from benchmarks.gpu import graphs, machine, operations, parity, shapes, steps, tune
+    from benchmarks.gpu import graphs, invariance, machine, operations, parity, serving, shapes, steps, tune
     from kernels.gpu import tiles
 
     device = machine.open_device(device_name)
@@ -26,7 +26,7 @@ def _rows(command: str, device_name: str, table: Path | None) -> Iterator[dict[s
     generator = torch.Generator(device).manual_seed(0)
     if command == "test":
         yield from parity.rows(models, step_shapes, device)
-        yield parity.batch_invariance_row(next(iter(models.values())), device)
+        yield from invariance.rows(next(iter(models.values())), device)
         yield from graphs.rows(device)
         yield graphs.waits_row(device)
         return
@@ -41,12 +41,15 @@ def _rows(command: str, device_name: str, table: Path | None) -> Iterator[dict[s
         sys.exit(f"the kernels are wrong here, no number is worth reporting: {json.dumps(failed)}")
     floors = machine.measure_floors(device)
     yield {
-        "op": "copy and product",
-        "gigabytes_per_second": round(floors.bytes_per_second / 1e9, 1),
+        "op": "read, copy and product",
+        "read_gigabytes_per_second": round(floors.read_bytes_per_second / 1e9, 1),
+        "copy_gigabytes_per_second": round(floors.copy_bytes_per_second / 1e9, 1),
         "teraflops": round(floors.flops_per_second / 1e12, 2),
     }
     yield from operations.rows({name: model}, step_shapes, floors, generator)
-    yield from steps.rows(name, model, floors, generator)
+    decoder = steps.random_decoder(model, torch.bfloat16, device, 64 if is_tiny else shapes.MAX_CONTEXT)
+    yield from steps.rows(name, model, decoder, floors, generator)
+    yield from serving.rows(name, model, decoder, serving.TINY if is_tiny else serving.FULL)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.shapes import PAGE_SIZE, ModelShape, StepShape
-from common.packing import MODULES, ModuleSpec, plan
+from common.packing import MODULES, ModuleSpec, PackedLayout, plan
 from gpu_worker.batch import ForwardBatch
 from kernels.adapters import ADAPTER_DTYPES, AdapterTables, Segments
 
@@ -32,35 +32,43 @@ def ranks_of(step: StepShape) -> list[int]:
     return [sizes[index % len(sizes)] for index in range(step.adapters)]
 
 
+def layout_of(model: ModelShape, rank: int, dtype: torch.dtype, modules: tuple[str, ...]) -> PackedLayout:
+    """An adapter on `modules` of every layer."""
+    shapes = module_shapes(model)
+    specs = [ModuleSpec(layer, m, rank, SCALING, *shapes[m]) for layer in range(model.layers) for m in modules]
+    return plan(specs, str(dtype).removeprefix("torch."))
+
+
+def fill_adapters(pool: Tensor, dtype: torch.dtype, generator: torch.Generator, scale: float = 0.02) -> None:
+    """Random elements of `dtype` in every byte of a pool."""
+    for part in pool.view(dtype).flatten().split(CHUNK_ELEMENTS):
+        part.normal_(0, scale, generator=generator)
+
+
 def make_tables(
     model: ModelShape,
     ranks: list[int],
     dtype: torch.dtype,
     generator: torch.Generator,
     modules: tuple[str, ...] = MODULES,
-    scale: float = 0.02,
 ) -> AdapterTables:
     """Random adapters on `modules` of every layer, in pages in any order, as the packer lays them out."""
     device, size = generator.device, page_bytes(model, dtype)
-    shapes = module_shapes(model)
-    name = str(dtype).removeprefix("torch.")
     cells = len(ranks), model.layers, len(MODULES)
     start_unit, lora_rank = torch.zeros(cells, dtype=torch.int32), torch.zeros(cells, dtype=torch.int32)
-    counts = []
-    for row, rank in enumerate(ranks):
-        specs = [ModuleSpec(layer, m, rank, SCALING, *shapes[m]) for layer in range(model.layers) for m in modules]
-        layout = plan(specs, name)
-        counts.append(-(-layout.total_bytes // size))
+    layouts = {rank: layout_of(model, rank, dtype, modules) for rank in set(ranks)}
+    counts = [-(-layouts[rank].total_bytes // size) for rank in ranks]
+    for rank, layout in layouts.items():
+        rows = torch.tensor([row for row, other in enumerate(ranks) if other == rank])
         for module in layout.modules:
-            place = row, module.layer, MODULES.index(module.module)
+            place = rows, module.layer, MODULES.index(module.module)
             start_unit[place], lora_rank[place] = module.start_unit, rank
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).split_with_sizes(counts)
     page_table = torch.zeros(len(ranks), max(counts), dtype=torch.int32)
     for row, pages in enumerate(order):
         page_table[row, : len(pages)] = pages
     pool = torch.empty(sum(counts), size, dtype=torch.uint8, device=device)
-    for part in pool.view(dtype).flatten().split(CHUNK_ELEMENTS):
-        part.normal_(0, scale, generator=generator)
+    fill_adapters(pool, dtype, generator)
     return AdapterTables(
         pool=pool,
         page_table=page_table.to(device),

@@ -1,7 +1,7 @@
 """Every operation of a layer against its floor: the bytes it must move, or the products it must make.
 
-The floor of a LoRA operation counts each distinct adapter once, that of attention each key and value once; the copy
-and the product that say what the device can do are measured in the same run.
+The floor of a LoRA operation counts each distinct adapter once, that of attention each key and value once; what the
+device can read, copy and multiply is measured in the same run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu import goals
 from benchmarks.gpu.inputs import make_paged, make_segments, make_tables, ranks_of
 from benchmarks.gpu.machine import Floors, seconds_of
 from benchmarks.gpu.shapes import PAGE_SIZE, QKV, ModelShape, StepShape
@@ -105,12 +106,13 @@ def _row_cases(model: ModelShape, step: StepShape, dtype: torch.dtype, generator
     product = sum(model.qkv) * model.hidden
     yield Case("linear", "q k v", float(size * product), 2.0 * tokens * product, products)
     heads = model.heads + 2 * model.kv_heads
-    paged = make_paged(model, [(1, 1)] * tokens, dtype, generator, layers=1)
+    paged = make_paged(model, [(1, 1)] * tokens, dtype, generator, layers=count)
     cos_sin = torch.ones(PAGE_SIZE, 2, model.head_dim // 2, device=device)
     stores: list[Call] = []
-    for fused in draw(tokens, heads, model.head_dim):
+    for layer, fused in enumerate(draw(tokens, heads, model.head_dim)):
         q, k, v = fused.split_with_sizes([model.heads, model.kv_heads, model.kv_heads], dim=1)
-        stores.append(partial(store_kv, q, k, v, cos_sin, paged.positions, paged.kv_pages, paged.slot_mapping, 0))
+        where = paged.positions, paged.kv_pages, paged.slot_mapping
+        stores.append(partial(store_kv, q, k, v, cos_sin, *where, layer))
     yield Case("store_kv", "", 2.0 * size * tokens * heads * model.head_dim, 0, stores)
 
 
@@ -121,12 +123,21 @@ def rows(
         for name, model in models.items():
             for step_name, step in steps.items():
                 for case in cases(model, step, torch.bfloat16, generator):
-                    took = seconds_of(case.calls, generator.device)
-                    floor = floors.seconds(case.num_bytes, case.flops)
-                    yield {
-                        "op": case.op,
-                        "case": f"{name} {step_name} {case.label}".strip(),
-                        "microseconds": round(1e6 * took, 2),
-                        "floor_microseconds": round(1e6 * floor, 2),
-                        "floor_share": round(floor / took, 4),
-                    }
+                    yield _row(case, f"{name} {step_name} {case.label}".strip(), step, floors, generator.device)
+
+
+def _row(case: Case, label: str, step: StepShape, floors: Floors, device: torch.device) -> dict[str, object]:
+    calls = dispatch.calls.copy()
+    took = seconds_of(case.calls, device)
+    floor = floors.seconds(case.num_bytes, case.flops)
+    row: dict[str, object] = {
+        "op": case.op,
+        "case": label,
+        "backend": "+".join(sorted({backend for op, backend in dispatch.calls - calls if op == case.op})),
+        "microseconds": round(1e6 * took, 2),
+        "floor_microseconds": round(1e6 * floor, 2),
+        "floor_share": round(floor / took, 4),
+    }
+    if case.op == "paged_attention" and step.decode_only:
+        row |= goals.at_least("share_of_copy", case.num_bytes / took / floors.copy_bytes_per_second, 0.8)
+    return row

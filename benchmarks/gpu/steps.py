@@ -1,7 +1,7 @@
 """Whole steps of a random model: decode through CUDA graphs and prefill, against the byte and product floor.
 
-The floor of a step is what must be read at least, each weight, each distinct adapter and each key and value once, over
-the measured copy bandwidth; or the products of the weights over the measured rate.
+The floor of a step is what must be read at least, each weight but the embedding, each distinct adapter and each key and
+value once, over the measured read bandwidth; or the products over the measured rate, when these take longer.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu import goals
 from benchmarks.gpu.inputs import make_batch, make_paged, make_tables, module_shapes
-from benchmarks.gpu.machine import Floors, events_median, seconds_of
+from benchmarks.gpu.machine import Floors, step_seconds
 from benchmarks.gpu.shapes import PAGE_SIZE, ModelShape
 from gpu_worker.batch import ForwardBatch
 from gpu_worker.cuda.executor import CudaGraphs, Executor, call_again
@@ -39,7 +40,8 @@ class Workload:
 
 def workloads(*, is_tiny: bool) -> list[Workload]:
     if is_tiny:
-        return [Workload("decode", 3, 1, 20, adapters) for adapters in (0, 1, 3)] + [Workload("prefill", 2, 9, 9, 2)]
+        decodes = [Workload("decode", 3, 1, 20, adapters) for adapters in (0, 1, 3)]
+        return [*decodes, *(Workload("prefill", 2, 9, 9, adapters) for adapters in (0, 2))]
     decodes = [Workload("decode", 128, 1, 1024, adapters) for adapters in (0, 1, 32, 128)]
     alone = [Workload("decode", 1, 1, 1024, adapters) for adapters in (0, 1)]
     return [*alone, *decodes, *(Workload("prefill", 4, 512, 512, adapters) for adapters in (0, 1, 4))]
@@ -80,13 +82,17 @@ def random_decoder(model: ModelShape, dtype: torch.dtype, device: torch.device, 
 
 
 def floor_seconds(model: ModelShape, work: Workload, size: int, floors: Floors) -> float:
+    """`size`: bytes of an element."""
     per_layer = sum(inputs * outputs for inputs, outputs in module_shapes(model).values())
     lora = sum(inputs + outputs for inputs, outputs in module_shapes(model).values()) * work.lora_rank
     tokens, head = work.sequences * work.new, model.hidden * model.vocab
     kv = 2 * work.sequences * work.context * model.kv_heads * model.head_dim
     read = model.layers * (per_layer + work.adapters * lora + kv) + head
-    flops = 2.0 * (tokens * model.layers * (per_layer + (lora if work.adapters else 0)) + work.sequences * head)
-    return floors.seconds(float(size * read), flops)
+    # a token's products with the keys and the values that it sees: half of the chunk it is in, on average
+    pairs = tokens * (work.context - (work.new - 1) / 2)
+    attention = 4.0 * model.layers * model.heads * model.head_dim * pairs
+    weights = tokens * model.layers * (per_layer + (lora if work.adapters else 0)) + work.sequences * head
+    return floors.seconds(float(size * read), 2.0 * weights + attention)
 
 
 def on_cpu(tables: AdapterTables) -> AdapterTables:
@@ -117,9 +123,10 @@ def _batch(model: ModelShape, work: Workload, dtype: torch.dtype, generator: tor
     return make_batch(model, paged, tables, CPU)
 
 
-def rows(model_name: str, model: ModelShape, floors: Floors, generator: torch.Generator) -> Iterator[dict[str, object]]:
-    device, is_tiny, dtype = generator.device, generator.device.type == "cpu", torch.bfloat16
-    decoder = random_decoder(model, dtype, device, 64 if is_tiny else 8192)
+def rows(
+    model_name: str, model: ModelShape, decoder: Decoder, floors: Floors, generator: torch.Generator
+) -> Iterator[dict[str, object]]:
+    device, is_tiny, dtype = generator.device, generator.device.type == "cpu", decoder.dtype
     base: dict[tuple[str, int], float] = {}
     for work in workloads(is_tiny=is_tiny):
         batch = _batch(model, work, dtype, generator)
@@ -129,7 +136,7 @@ def rows(model_name: str, model: ModelShape, floors: Floors, generator: torch.Ge
         with dispatch.force("triton" if is_tiny else ""), torch.inference_mode():
             if not bool(run().isfinite().all()):
                 raise ArithmeticError(f"{work} gives logits that are not finite")
-            took = seconds_of([run], device) if is_tiny else events_median(run, 20)
+            took = step_seconds(run, device)
         before = base.setdefault((work.label, work.sequences), took)
         floor = floor_seconds(model, work, dtype.itemsize, floors)
         yield {
@@ -140,5 +147,15 @@ def rows(model_name: str, model: ModelShape, floors: Floors, generator: torch.Ge
             "floor_share": round(floor / took, 4),
             "tokens_per_second": round(work.sequences * work.new / took, 1),
             "lora_tax": round(took / before - 1, 4),
+            **_goal(work, took, before, floor),
         }
         del batch, executor, run
+
+
+def _goal(work: Workload, took: float, before: float, floor: float) -> dict[str, object]:
+    """Of a full batch of decodes: what one adapter costs, and what one of its own for each sequence comes to."""
+    if work.new > 1 or work.sequences == 1:
+        return {}
+    if work.adapters == 1:
+        return goals.at_most("lora_tax", took / before - 1, 0.03)
+    return goals.at_most("over_floor", took / floor, 1.15) if work.adapters == work.sequences else {}

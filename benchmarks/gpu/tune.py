@@ -87,16 +87,18 @@ def rows(
     table: Path,
     limit: int | None = None,
 ) -> Iterator[dict[str, object]]:
-    """One a chosen tile; rewrites `table` at the end. `limit`: candidates tried of each."""
+    """One a chosen tile, written into `table` at once: what was found stays when the next is interrupted.
+
+    `limit`: candidates tried of each.
+    """
     device = generator.device
     architecture = tiles.ANY if device.type == "cpu" else tiles.architecture_of(device)
-    tuned: list[dict[str, Any]] = []
     with dispatch.force("triton"), torch.inference_mode():
         for op, shape_class in CANDIDATES:
             all_cases = cases(model, steps[shape_class], torch.bfloat16, generator)
             mine = [case for case in all_cases if case.op == op]
             some = list(candidates(op, shape_class))[:limit]
             tile, seconds = best(op, shape_class, mine, some, device)
-            tuned.append({"op": op, "class": shape_class, "architecture": architecture, "tile": tile})
-            yield {**tuned[-1], "microseconds": round(1e6 * seconds, 2)}
-    table.write_text(written(merged(json.loads(table.read_text()), hardware, tuned)))
+            chosen = {"op": op, "class": shape_class, "architecture": architecture, "tile": tile}
+            table.write_text(written(merged(json.loads(table.read_text()), hardware, [chosen])))
+            yield {**chosen, "microseconds": round(1e6 * seconds, 2)}

@@ -67,8 +67,15 @@ def test_parity_and_graphs() -> None:
 @pytest.mark.timeout(600)
 def test_benchmark() -> None:
     rows = rows_of(run("bench", "--device", "cpu"))
-    assert {row["op"] for row in rows} == {*OPS, "copy and product", "decode_step", "prefill_step"}
-    assert all("floor_share" in row for row in rows[1:])
+    assert {row["op"] for row in rows} == {*OPS, "read, copy and product", "decode_step", "prefill_step", "serving"}
+    assert all("floor_share" in row or row["op"] == "serving" for row in rows[1:])
+    assert {row["backend"] for row in rows if row["op"] in OPS} == {"triton"}
+    # each with the figure that it is about
+    assert {row["goal"] for row in rows if "goal" in row and row["goal"].split()[0] in row} == {
+        *("share_of_copy >= 0.8", "lora_tax <= 0.03", "over_floor <= 1.15", "throughput_share >= 0.95")
+    }
+    (ratio,) = (row for row in rows if "throughput_share" in row)
+    assert ratio["loads"] > 1
 
 
 @pytest.mark.triton

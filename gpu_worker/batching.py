@@ -60,8 +60,8 @@ class Batcher:
     """The worker's local queue and its running sequences.
 
     Admission follows `order_key` exactly: the first waiting sequence whose adapter is at hand gets pages or everybody
-    behind it waits too. Preemption takes the largest `order_key`, so the oldest always goes on; a preempted sequence
-    comes back only when its whole length fits.
+    behind it waits too. Who waits for a load takes no place of a step. Preemption takes the largest `order_key`, so the
+    oldest always goes on; a preempted sequence comes back only when its whole length fits.
     """
 
     def __init__(
@@ -72,7 +72,10 @@ class Batcher:
         max_step_tokens: int,
         max_sequences: int,
     ) -> None:
-        """`layout_of(digest)` is the adapter's layout once its bytes are in the host tier, else None."""
+        """`layout_of(digest)` is the adapter's layout once its bytes are in the host tier, else None.
+
+        `max_sequences` of a step; as many more may hold pages while their adapters are loaded.
+        """
         self._memory = memory
         self._layout_of = layout_of
         self._max_step_tokens = max_step_tokens
@@ -193,11 +196,12 @@ class Batcher:
         self._admit(plan)
         runnable = [sequence for sequence in self._running.values() if _goes_on(sequence)]
         runnable.sort(key=lambda sequence: sequence.order_key)
-        decodes = [sequence for sequence in runnable if sequence.num_tokens - sequence.launched_tokens == 1]
-        prefills = [sequence for sequence in runnable if sequence.num_tokens - sequence.launched_tokens > 1]
+        oldest, rest = runnable[: self._max_sequences], runnable[self._max_sequences :]
+        decodes = [sequence for sequence in oldest if sequence.num_tokens - sequence.launched_tokens == 1]
+        prefills = [sequence for sequence in oldest if sequence.num_tokens - sequence.launched_tokens > 1]
         budget = self._step_budget
-        for sequence in [*decodes, *prefills]:
-            if budget == 0:
+        for sequence in [*decodes, *prefills, *rest]:
+            if budget == 0 or len(plan.chunks) == self._max_sequences:
                 break
             length = min(budget, sequence.num_tokens - sequence.launched_tokens)
             if self._grow(sequence, sequence.launched_tokens + length, plan, last_step, in_flight):
@@ -208,8 +212,9 @@ class Batcher:
         return plan
 
     def _admit(self, plan: StepPlan) -> None:
-        position = 0
-        while position < len(self._waiting) and len(self._running) < self._max_sequences:
+        position, places = 0, self._max_sequences
+        loading = sum(sequence.state is SequenceState.LOADING for sequence in self._running.values())
+        while position < len(self._waiting) and len(self._running) < min(places + loading, 2 * places):
             sequence = self._sequences[self._waiting[position][1]]
             layout = self._layout_of(sequence.adapter_version) if sequence.adapter_version else None
             source = sequence.outputs[0] if sequence.output_index else None
@@ -235,6 +240,7 @@ class Batcher:
                 plan.loads.append(sequence.adapter_version)
             ready = layout is None or (resident is not None and not resident.loading)
             sequence.state = SequenceState.RUNNING if ready else SequenceState.LOADING
+            loading += not ready
             del self._waiting[position]
             self._running[sequence.sequence_id] = sequence
             plan.admitted.append(sequence)

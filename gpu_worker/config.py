@@ -45,7 +45,7 @@ class EngineConfig:
     host_memory: str = option("2GiB", help="bytes of adapters at hand for the pool: mapped files, or pinned on CUDA")
     page_size: int = option(16, help="tokens of KV in a page")
     max_step_tokens: int = option(512, help="most tokens that one step computes; longer prompts run in chunks")
-    max_sequences: int = option(384, help="most sequences that hold pages at once")
+    max_sequences: int = option(384, help="most sequences of a step; as many more may wait for loads")
     threads: int = option(0, help="threads of the forward pass; 0 leaves the choice to torch")
 
     def __post_init__(self) -> None:

@@ -123,7 +123,7 @@ class Engine:
             return [*events, engine_pb2.EngineEvent(step=self._report(stats))]
 
     def foresee(self, offers: Iterable[scheduler_pb2.Offer]) -> None:
-        """Starts the copies that offers want when a step computes just now; on the thread that received them.
+        """Starts the copies that offers want: on the thread that received them while a step computes, else with a step.
 
         The offers are applied between steps like everything else: this only spares them the wait until then.
         """

@@ -103,6 +103,32 @@ def test_a_sequence_joins_the_step_after_its_adapter_is_loaded() -> None:
     assert lengths(batcher.plan(0)) == {"loading": 1}
 
 
+def test_who_waits_for_a_load_takes_no_place_of_a_step() -> None:
+    batcher = new_batcher(max_sequences=1)
+    add(batcher, "loading", 1, 1, adapter="a")
+    add(batcher, "base", 1, 2)
+    assert lengths(batcher.plan(0)) == {"base": 1}
+
+
+def test_twice_as_many_as_a_step_has_places_for_hold_pages_at_most() -> None:
+    batcher = new_batcher(max_sequences=1)
+    for order_key in range(3):
+        add(batcher, f"s{order_key}", 1, order_key, adapter="a")
+    assert names(batcher.plan(0).admitted) == ["s0", "s1"]
+
+
+def test_a_step_has_places_for_the_oldest_when_a_load_makes_one_too_many() -> None:
+    batcher = new_batcher(max_sequences=1)
+    add(batcher, "loading", 1, 1, adapter="a")
+    add(batcher, "base", 1, 2)
+    add(batcher, "behind", 1, 3)
+    batcher.plan(0)
+    batcher._memory.finish_loading("a")
+    batcher.adapter_loaded("a")
+    plan = batcher.plan(0)
+    assert (lengths(plan), batcher.num_running, batcher.num_waiting) == ({"loading": 1}, 2, 1)
+
+
 def test_a_sequence_of_a_resident_adapter_runs_at_once() -> None:
     batcher = new_batcher()
     add(batcher, "first", 1, 1, adapter="a")

@@ -144,7 +144,11 @@ class Fleet:
         scenario, running = self.scenario, self.running()
         assert plan.admitted == admissible[: len(plan.admitted)], "admission out of order"
         assert sum(chunk.length for chunk in plan.chunks) <= scenario.max_step_tokens
-        assert len(running) == self.batcher.num_running <= scenario.max_sequences
+        loading = sum(sequence.state is SequenceState.LOADING for sequence in running)
+        assert len(running) == self.batcher.num_running <= 2 * scenario.max_sequences
+        assert len(plan.chunks) <= scenario.max_sequences
+        if plan.admitted:
+            assert len(running) - loading <= scenario.max_sequences, "admitted though every place is taken"
         if plan.preempted and running:
             spared = max(sequence.order_key for sequence in running)
             assert min(sequence.order_key for sequence in plan.preempted) >= spared, "an older one was preempted"

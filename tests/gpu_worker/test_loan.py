@@ -28,10 +28,28 @@ def test_what_is_owned_or_nobodys_cannot() -> None:
     assert not elsewhere(lambda: loan.borrow(lambda: used.append("nobody's")))
     with loan:
         assert not elsewhere(lambda: loan.borrow(lambda: used.append("owned")))
-        with loan.lend():
-            pass
-        assert not elsewhere(lambda: loan.borrow(lambda: used.append("taken back")))
+    with loan:
+        assert not elsewhere(lambda: loan.borrow(lambda: used.append("taken")))
     assert used == []
+
+
+def test_who_came_too_early_is_served_once_when_it_is_lent() -> None:
+    loan, used = Loan(), list[str]()
+    elsewhere(lambda: loan.borrow(lambda: used.append("nobody's")))
+    with loan:
+        elsewhere(lambda: loan.borrow(lambda: used.append("owned")))
+        for _ in range(2):
+            with loan.lend():
+                elsewhere(lambda: loan.borrow(lambda: used.append("lent")))
+    assert used == ["nobody's", "owned", "lent", "lent"]
+
+
+def test_who_came_too_early_is_served_by_the_owner() -> None:
+    loan, threads = Loan(), list[int]()
+    elsewhere(lambda: loan.borrow(lambda: threads.append(threading.get_ident())))
+    with loan, loan.lend():
+        pass
+    assert threads == [threading.get_ident()]
 
 
 def test_the_owner_gets_it_back_when_the_borrower_is_done() -> None:
@@ -61,7 +79,7 @@ def test_what_is_lent_twice_is_lent_until_the_first_ends() -> None:
                 pass
             assert elsewhere(lambda: loan.borrow(lambda: used.append("still lent")))
         assert not elsewhere(lambda: loan.borrow(lambda: used.append("owned")))
-    assert used == ["still lent"]
+        assert used == ["still lent"]
 
 
 def test_a_thread_that_does_not_own_lends_nothing() -> None:

@@ -193,11 +193,18 @@ def test_who_comes_while_a_step_computes_finds_the_adapter_there_when_it_is_over
     assert (driver.ended["s"].usage.load_seconds == 0.0) == heard
 
 
-def test_between_steps_nothing_is_started(tiny_checkpoint: Path, adapters: list[TinyAdapter]) -> None:
+def test_who_comes_between_what_is_applied_and_the_step_finds_the_adapter_there_when_that_is_over(
+    tiny_checkpoint: Path, adapters: list[TinyAdapter]
+) -> None:
+    """Its offer is applied one step later; nothing is copied before a step computes."""
     driver = in_host_tier(tiny_checkpoint, adapters, 1)
     driver.engine.foresee([new_offer("s", PROMPT, "a0")])
+    assert driver.engine._memory.adapters.get("a0") is None
     driver.step()
-    assert driver.memory.loading_pages == 0
+    driver.wait_for_load()
+    driver.offer("s", PROMPT, "a0", max_tokens=2)
+    driver.run()
+    assert driver.ended["s"].usage.load_seconds == 0.0
 
 
 def test_who_comes_while_others_wait_starts_nothing(

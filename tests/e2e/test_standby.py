@@ -181,9 +181,15 @@ async def test_a_scheduler_that_slept_through_its_lease_hands_over_when_it_wakes
     tiny: TinyModel, tmp_path: Path
 ) -> None:
     async with cell(tiny, tmp_path) as it:
+
+        def is_followed() -> bool:
+            # Again and again, should somebody else wake it.
+            os.kill(it.active.pid, signal.SIGSTOP)
+            return metric(it.standby, "loraplex_scheduler_active") == 1
+
         os.kill(it.active.pid, signal.SIGSTOP)
         asleep = [asyncio.create_task(greedy_tokens(it.client, name, tiny.prompts[name])) for name in NAMES]
-        await it.becomes(it.standby, "active")
+        await asyncio.to_thread(until, is_followed, "it takes over")
         os.kill(it.active.pid, signal.SIGCONT)
         assert await asyncio.gather(*asleep) == [tiny.answers[name] for name in NAMES]
         assert finish_counts(it.fleet.workers[0])["length"] == 3

@@ -261,3 +261,12 @@ async def test_gauges_tell_of_redis(client: StoreClient, service: StoreService, 
         await client.set_alias("b", adapter.adapter_version)
     assert up() == 0
     assert (service.server.registry.get_sample_value("loraplex_store_index_age_seconds") or 0) > 0
+
+
+async def test_the_stores_commands_of_redis_are_timed(client: StoreClient, service: StoreService) -> None:
+    def commands() -> float:
+        return service.server.registry.get_sample_value("loraplex_redis_command_seconds_count") or 0.0
+
+    before = commands()
+    await put(client, "a")
+    assert commands() > before

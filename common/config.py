@@ -42,6 +42,9 @@ class ServiceConfig:
         None, help="PEM file of the authority of our services: those that are called must have a certificate of it"
     )
     tls_require_client: bool = option(False, help="refuse callers without a certificate of that authority")
+    tls_roles: bool = option(
+        False, help="refuse callers whose certificate has no role for the call: a URI loraplex://role/NAME in it"
+    )
     tls_client_cert: Path | None = option(
         None, help="PEM file of the certificate shown to services that are called; default: this service's own"
     )
@@ -65,6 +68,8 @@ class ServiceConfig:
                 raise ValueError(f"{name}_cert and {name}_key need each other")
         if self.tls_require_client and (self.tls_cert is None or self.tls_ca is None):
             raise ValueError("tls_require_client needs tls_cert and tls_ca")
+        if self.tls_roles and not self.tls_require_client:
+            raise ValueError("tls_roles needs tls_require_client: without a certificate nobody has a role")
         if self.tls_client_cert is not None and self.tls_ca is None:
             raise ValueError("tls_client_cert needs tls_ca: without it services are called without TLS")
 

@@ -19,6 +19,7 @@ from common.config import ServiceConfig, parse
 from common.interceptors import ErrorInterceptor
 from common.logs import set_up_logs
 from common.metrics import LifeMetrics, certificate_gauge, new_registry, serve_metrics
+from common.roles import RoleInterceptor
 from common.tls import RenewedPem, server_credentials
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Server:
             self._pem.follow(certificate_gauge(self.registry).set)
         self._lag: asyncio.Task[None] | None = None
         interceptors = [CallInterceptor(self.registry), ErrorInterceptor()]
+        if config.tls_roles:
+            interceptors.append(RoleInterceptor())
         self.grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health_aio.HealthServicer()
         self._probes: grpc.aio.Server | None = None

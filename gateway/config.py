@@ -46,6 +46,8 @@ class GatewayConfig(RedisConfig, ServiceConfig):
         """Raises ValueError naming the option that is out of range."""
         RedisConfig.__post_init__(self)
         ServiceConfig.__post_init__(self)
+        if self.tls_roles:
+            raise ValueError("tls_roles is for the services behind the gateway, whose callers are known")
         if not self.max_request_seconds > 0:
             raise ValueError(f"max_request_seconds is {self.max_request_seconds}; it must be positive")
         for name in ("tenant_requests_per_minute", "tenant_tokens_per_minute"):

@@ -22,6 +22,7 @@ examples:
   loraplex up --model ./Llama-3.2-1B --device cuda --dtype bfloat16 --memory 8GiB
 then, in another terminal:
   loraplex generate --adapter ID "Hello"
+The services listen on 127.0.0.1 alone, without TLS; docs/operations.md says how a fleet for others is started.
 """
 
 

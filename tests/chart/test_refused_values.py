@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "route without a gateway": ({"gateway": {"route": {"enabled": True}}}, "parentRefs names no Gateway"),
     "stores without Redis": (_SECRETS, "more than one replica needs Redis"),
     "stores on one node's volume": ({"adapterStore": {"replicas": 2}, **_BUNDLED}, "needs a ReadWriteMany volume"),
+    "roles of nobody": ({"tls": {"secret": "s", "mutual": False, "roles": True}}, "tls.roles needs tls.mutual"),
     "two Redis": ({"redis": {"bundled": {"enabled": True}, "external": {"url": "redis://r:1/0"}}}, "two sources"),
     "Redis TLS in the clear": ({"redis": {"external": {"url": "redis://r:1/0", "tlsSecret": "s"}}}, "rediss://"),
     "credentials in an address": ({"redis": {"external": {"url": "redis://u:p@r:1/0"}}}, "holds credentials"),

@@ -10,9 +10,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.roles import GATEWAY, OPERATOR, ROLE_URI, WORKER
 from loraplex import Client, LoraplexError
 from loraplex.tls import Tls
-from tests.certificates import Authority, Pair, authority
+from loraplex.v1 import adapter_store_pb2, adapter_store_pb2_grpc, memory_pb2, memory_pb2_grpc
+from tests.certificates import LOOPBACK, Authority, Pair, authority
 from tests.chart.host import Host
 from tests.chart.rendering import Manifest, notes, pod_templates, render
 from tests.chart.value_sets import EVERYTHING, MINIMAL, TLS
@@ -20,14 +22,21 @@ from tests.chart.value_sets import EVERYTHING, MINIMAL, TLS
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(400)]
 
 # The TLS value set without what cannot stand on this host: a Redis and an ingress elsewhere.
-HERE = {"tls": TLS["tls"], "gateway": {"tls": TLS["gateway"]["tls"]}}
+HERE = {"tls": {**TLS["tls"], "roles": True}, "gateway": {"tls": TLS["gateway"]["tls"]}}
+# Component -> its role.
+COMPONENTS = {"gateway": GATEWAY, "worker": WORKER, "scheduler": "", "adapter-store": ""}
 INSIDE = {"scheduler": 50052, "adapter-store": 50053, "worker-default": 50060}
 
 
-def certificates(values: dict[str, Any]) -> dict[str, list[str]]:
-    """Secret -> names that cert-manager is asked for."""
+def certificates(values: dict[str, Any]) -> dict[str, Manifest]:
+    """Secret -> what cert-manager is asked for."""
     found = [manifest["spec"] for manifest in render(values) if manifest["kind"] == "Certificate"]
-    return {spec["secretName"]: spec["dnsNames"] for spec in found}
+    return {spec["secretName"]: spec for spec in found}
+
+
+def names_in(values: dict[str, Any], secret: str) -> list[str]:
+    names: list[str] = certificates(values)[secret].get("dnsNames", [])
+    return names
 
 
 def covers(name: str, host: str) -> bool:
@@ -53,11 +62,36 @@ def dialled(manifests: list[Manifest]) -> set[str]:
     return found
 
 
-def test_every_name_that_is_dialled_is_in_the_certificate() -> None:
-    names = certificates(EVERYTHING)["demo-loraplex-tls"]
-    hosts = dialled(render(EVERYTHING))
+@pytest.mark.parametrize("roles", [False, True])
+def test_every_name_that_is_dialled_is_in_the_certificate(roles: bool) -> None:
+    values = {**EVERYTHING, "tls": {**EVERYTHING["tls"], "roles": roles}}
+    hosts = dialled(render(values))
     assert len(hosts) == 4
-    assert [host for host in sorted(hosts) if not any(covers(name, host) for name in names)] == []
+    for host in hosts:
+        (service,) = [service for service in ("scheduler", "adapter-store", "worker") if service in host]
+        names = names_in(values, f"demo-loraplex-tls-{service}" if roles else "demo-loraplex-tls")
+        assert any(covers(name, host) for name in names), host
+
+
+def test_each_service_has_a_key_and_a_role_of_its_own() -> None:
+    roles = {secret: spec["uris"] for secret, spec in certificates(EVERYTHING).items() if "uris" in spec}
+    assert roles == {f"demo-loraplex-tls-{role}": [f"{ROLE_URI}{role}"] for role in ("gateway", "worker")}
+    mounted = {
+        name: [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if volume["name"] == "tls"]
+        for name, pod in pod_templates(render(EVERYTHING)).items()
+    }
+    assert {name.split("-")[2]: secrets for name, secrets in mounted.items() if secrets} == {
+        "gateway": ["demo-loraplex-tls-gateway"],
+        "scheduler": ["demo-loraplex-tls-scheduler"],
+        "adapter": ["demo-loraplex-tls-adapter-store"],
+        "worker": ["demo-loraplex-tls-worker"],
+    }
+
+
+def test_who_takes_callers_asks_them_for_a_role_and_the_gateway_does_not() -> None:
+    data = {m["metadata"]["name"]: m["data"] for m in render(EVERYTHING) if m["kind"] == "ConfigMap"}
+    asking = {name.removeprefix("demo-loraplex-") for name in data if data[name].get("LORAPLEX_TLS_ROLES") == "true"}
+    assert asking == {"scheduler", "adapter-store", "worker-scaled", "worker-plain"}
 
 
 def test_without_tls_an_address_of_a_pod_is_dialled() -> None:
@@ -68,7 +102,7 @@ def test_without_tls_an_address_of_a_pod_is_dialled() -> None:
 def test_the_name_that_the_test_pod_dials_is_in_the_gateways_certificate() -> None:
     (argument, *_) = pod_templates(render(EVERYTHING))["demo-loraplex-test"]["spec"]["containers"][0]["args"]
     host = argument.removeprefix("--gateway=").split(":")[0]
-    assert {host, "lora.example"} <= set(certificates(EVERYTHING)["demo-loraplex-gateway-tls"])
+    assert {host, "lora.example"} <= set(names_in(EVERYTHING, "demo-loraplex-gateway-tls"))
 
 
 @pytest.mark.parametrize("values", [TLS, EVERYTHING], ids=["secret", "issuer"])
@@ -120,6 +154,11 @@ def test_the_notes_name_the_names_and_warn_of_what_is_open() -> None:
     assert "connections between the services are not encrypted" in notes(MINIMAL)
     assert "they take callers without a certificate" in notes({**TLS, "tls": {"secret": "s", "mutual": False}})
     assert "LORAPLEX_CA=system" in notes(EVERYTHING)
+    assert "demo-loraplex-tls-gateway:\n- URI loraplex://role/gateway\n" in notes(EVERYTHING)
+    assert 'demo-loraplex-tls-worker:\n- "*.demo-loraplex-worker-scaled.prod.svc"\n' in notes(EVERYTHING)
+    assert "demo-loraplex-tls-scheduler:\n- demo-loraplex-scheduler\ndemo-loraplex-tls-adapter-store:\n" in notes(
+        EVERYTHING
+    )
     assert "bundled Redis are not encrypted" in notes(EVERYTHING)
 
 
@@ -139,10 +178,10 @@ def secret(authority: Authority, pair: Pair) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def host(inside: Authority, outside: Authority) -> Iterator[Host]:
-    secrets = {
-        "inner-tls": secret(inside, inside.issue("inner")),
-        "gateway-tls": secret(outside, outside.issue("door")),
-    }
+    secrets = {"gateway-tls": secret(outside, outside.issue("door"))}
+    for component, role in COMPONENTS.items():
+        names = f"{LOOPBACK},URI:{ROLE_URI}{role}" if role else LOOPBACK
+        secrets[f"inner-tls-{component}"] = secret(inside, inside.issue(component, names))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -167,17 +206,45 @@ def test_the_test_pod_fails_without_it(host: Host) -> None:
     assert "failed: TLS_REFUSED: the certificate of" in result.stdout
 
 
+def address_of(host: Host, service: str) -> str:
+    return f"127.0.0.1:{host.port(f'demo-loraplex-{service}', INSIDE[service])}"
+
+
 def health_stub(channel: grpc.Channel) -> Any:
     return health_pb2_grpc.HealthStub(channel)
 
 
 @pytest.mark.parametrize("service", INSIDE)
 def test_no_port_inside_answers_without_a_certificate(host: Host, inside: Authority, service: str) -> None:
-    address = f"127.0.0.1:{host.port(f'demo-loraplex-{service}', INSIDE[service])}"
+    address = address_of(host, service)
     for tls in (Tls(), Tls(ca=inside.cert)):
         with tls.channel(address) as channel, pytest.raises(grpc.RpcError) as refusal:
             health_stub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
         assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("role", [GATEWAY, WORKER, OPERATOR])
+def test_the_memory_of_a_worker_is_shown_to_operators_alone(host: Host, inside: Authority, role: str) -> None:
+    shown = inside.issue(f"{role}-who-asks", f"{LOOPBACK},URI:{ROLE_URI}{role}")
+    with Tls(ca=inside.cert, cert=shown.cert, key=shown.key).channel(address_of(host, "worker-default")) as channel:
+        stub = memory_pb2_grpc.MemoryServiceStub(channel)
+        if role == OPERATOR:
+            assert stub.GetUsage(memory_pb2.GetUsageRequest(), timeout=60).memory.total_pages > 0
+            return
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.GetUsage(memory_pb2.GetUsageRequest(), timeout=60)
+    assert refusal.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize(("component", "code"), [("gateway", "NOT_FOUND"), ("worker", "PERMISSION_DENIED")])
+def test_a_worker_may_not_delete_what_a_gateway_may(host: Host, inside: Authority, component: str, code: str) -> None:
+    """With the very certificates that these services have."""
+    pair = Pair(inside.folder / f"{component}.crt", inside.folder / f"{component}.key")
+    with Tls(ca=inside.cert, cert=pair.cert, key=pair.key).channel(address_of(host, "adapter-store")) as channel:
+        stub = adapter_store_pb2_grpc.AdapterStoreServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as refusal:
+            stub.DeleteAdapter(adapter_store_pb2.DeleteAdapterRequest(tenant="default", adapter_id="x"), timeout=60)
+    assert refusal.value.code().name == code
 
 
 def test_the_gateway_answers_nobody_without_tls(host: Host) -> None:

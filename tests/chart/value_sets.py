@@ -56,7 +56,7 @@ EXTERNAL_REDIS: dict[str, Any] = {
 }
 
 EVERYTHING: dict[str, Any] = {
-    "tls": {"issuer": {"name": "inner", "kind": "ClusterIssuer"}},
+    "tls": {"issuer": {"name": "inner", "kind": "ClusterIssuer"}, "roles": True},
     "imagePullSecrets": [{"name": "pull"}],
     "images": {"control": {"digest": "sha256:" + "0" * 64}},
     "podAnnotations": {"team": "ml"},

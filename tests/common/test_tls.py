@@ -288,6 +288,7 @@ def test_files_that_cannot_be_used_are_named(ours: Authority, pair: Pair, tmp_pa
         ({"tls_client_cert": Path("a"), "tls_ca": Path("c")}, "tls_client_cert and tls_client_key need each other"),
         ({"tls_require_client": True, "tls_ca": Path("c")}, "tls_require_client needs tls_cert and tls_ca"),
         ({"tls_require_client": True, "tls_cert": Path("a"), "tls_key": Path("b")}, "needs tls_cert and tls_ca"),
+        ({"tls_roles": True, "tls_cert": Path("a"), "tls_key": Path("b")}, "tls_roles needs tls_require_client"),
         ({"tls_client_cert": Path("a"), "tls_client_key": Path("b")}, "tls_client_cert needs tls_ca"),
         ({"health_port": 65536}, "health_port is 65536"),
     ],

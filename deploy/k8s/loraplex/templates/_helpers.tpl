@@ -138,6 +138,11 @@ LORAPLEX_DRAIN_SECONDS: {{ .c.drainSeconds | quote }}
 {{- with .Values.tls }}{{ if .secret }}{{ .secret }}{{ else if .issuer.name }}{{ include "loraplex.fullname" $ }}-tls{{ end }}{{ end }}
 {{- end }}
 
+{{- /* Of one component: with roles each has a Secret of its own. */ -}}
+{{- define "loraplex.tlsSecretOf" -}}
+{{- with include "loraplex.tlsSecret" .root }}{{ . }}{{ if $.root.Values.tls.roles }}-{{ $.component }}{{ end }}{{ end }}
+{{- end }}
+
 {{- define "loraplex.gatewaySecret" -}}
 {{- with .Values.gateway.tls }}{{ if .secret }}{{ .secret }}{{ else if .issuer.name }}{{ include "loraplex.fullname" $ }}-gateway-tls{{ end }}{{ end }}
 {{- end }}
@@ -149,6 +154,10 @@ LORAPLEX_TLS_CERT: /tls/tls.crt
 LORAPLEX_TLS_KEY: /tls/tls.key
 LORAPLEX_TLS_CA: /tls/ca.crt
 LORAPLEX_TLS_REQUIRE_CLIENT: {{ .root.Values.tls.mutual | quote }}
+{{- if .root.Values.tls.roles }}
+{{- if not .root.Values.tls.mutual }}{{ fail "tls.roles needs tls.mutual: a caller without a certificate has no role" }}{{ end }}
+LORAPLEX_TLS_ROLES: "true"
+{{- end }}
 LORAPLEX_HEALTH_PORT: {{ .healthPort | quote }}
 {{- end }}
 {{- end }}
@@ -160,7 +169,7 @@ LORAPLEX_HEALTH_PORT: {{ .healthPort | quote }}
 {{- end }}
 
 {{- define "loraplex.tlsVolumes" -}}
-{{- with include "loraplex.tlsSecret" . }}
+{{- with include "loraplex.tlsSecretOf" . }}
 - name: tls
   secret: {secretName: {{ . }}, defaultMode: 0440}
 {{- end }}

@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.inputs import make_paged, make_segments, make_tables
 from benchmarks.gpu.shapes import QKV, ModelShape
 from kernels import dispatch
+from kernels.adapters import Segments
 from kernels.gpu import tiles
 from kernels.linear import linear
 from kernels.lora_expand import lora_expand
@@ -32,14 +33,14 @@ def _product(model: ModelShape, generator: torch.Generator) -> Pair:
 
 
 def _lora(model: ModelShape, generator: torch.Generator) -> Pair:
-    """The first tokens of the last adapter, whose ranks differ from those beside it."""
+    """The first tokens of the last adapter, whose rank differs from those beside it."""
     device, width = generator.device, sum(model.qkv)
     tables = make_tables(model, RANKS, torch.bfloat16, generator, ("q_proj", "k_proj", "v_proj"))
     x = torch.randn(ROWS, model.hidden, generator=generator, device=device)
     first = ROWS // 10 + 2 * (ROWS - ROWS // 10) // 3
 
     def delta(rows: Tensor, starts: Tensor, owners: Tensor) -> Tensor:
-        segments = type(whole)(starts, owners)
+        segments = Segments(starts, owners)
         out = torch.ones(len(rows), width, device=device)
         shrunk = lora_shrink(rows, tables, segments, 0, QKV)
         lora_expand(shrunk, tables, segments, 0, QKV, model.hidden, model.qkv, out)

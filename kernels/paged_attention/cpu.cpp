@@ -2,10 +2,12 @@
 // one head) takes the tiles of a chunk in order, then the chunks in order, whoever computes them: one thread after the
 // other, or many at once and merged afterwards. All query heads of a KV head go together: each tile is read once.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "../cpu/ahead.h"
 #include "../cpu/jobs.h"
 #include "online.h"
 #include "tile.h"
@@ -15,6 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 512;
 constexpr int64_t kTileRows = 32;  // rows of a task: query tokens times heads of the group
+constexpr int64_t kAheadBytes = 256 << 10;  // fetched for the next task at most: they stay in the second-level cache
 
 struct Attention {
   const void* query;  // [num_tokens, num_heads, head_dim]
@@ -54,6 +57,8 @@ struct Workspace {
   std::vector<Part> parts, merged;
   const float* key[kTile];
   const float* value[kTile];
+  // What this thread reads after the task.
+  Ahead ahead;
 
   // This thread's, with room for the operation.
   static Workspace& of(const Attention& op) {
@@ -133,7 +138,10 @@ void attend_rows(const Attention& op, Workspace& work, int64_t row, int64_t low,
   const float* query = work.query.data() + row * width;
   float* scores = work.scores.data() + row * kTile;
   float* mixed = work.parts[row].mixed;
-  for (int64_t i = low / kLanes * kLanes; i < high; i += step) score<R>(query, work.key + i, width, scores + i);
+  for (int64_t i = low / kLanes * kLanes; i < high; i += step) {
+    work.ahead.fetch();
+    score<R>(query, work.key + i, width, scores + i);
+  }
   for (int r = 0; r < R; ++r) weigh(scores + r * kTile, low, high, op.scale, work.parts[row + r], width);
   int64_t d = 0;
   for (; d + 4 * kLanes <= width; d += 4 * kLanes) mix<R, 4>(scores, work.value, low, high, d, width, mixed);
@@ -209,12 +217,44 @@ std::vector<Rows> row_tiles(const Attention& op) {
   return found;
 }
 
+// The keys and values of a row tile, page by page, as far as they are to be fetched.
+void foresee(const Attention& op, const Rows& rows, Ahead& ahead) {
+  const int64_t element = op.page_dtype == kFloat32 ? 4 : 2;
+  const int32_t* table = op.page_table + rows.sequence * op.max_pages;
+  int64_t left = kAheadBytes;
+  for (int64_t position = rows.first_key(op, 0), end = rows.end_key(rows.tokens - 1); position < end && left > 0;) {
+    const int64_t index = position / op.page_size, slot = position - index * op.page_size;
+    const int64_t slots = std::min(end - position, op.page_size - slot), bytes = slots * op.slot_stride * element;
+    const uint8_t* key = static_cast<const uint8_t*>(op.pages) +
+                         (table[index] * op.page_stride + slot * op.slot_stride) * element;
+    ahead.add(key, bytes);
+    ahead.add(key + op.value_offset * element, bytes);
+    position += slots, left -= 2 * bytes;
+  }
+}
+
+// Row tiles that threads take one after the other, each the next one before it begins with the last.
+struct Line {
+  std::vector<Rows> tiles;
+  std::atomic<int64_t> next{0};
+};
+
 void attend_all(const Attention& op, std::vector<Rows> tiles, Jobs& jobs) {
-  // the heads of a row tile on one thread: they lie side by side, and what is fetched ahead for one is the next one's
+  // the heads of a row tile on one thread: they lie side by side, and are fetched together
   const int64_t heads = op.num_kv_heads, count = static_cast<int64_t>(tiles.size()) / heads;
-  jobs.add(count, [op, heads, tiles = std::move(tiles)](int64_t task) {
+  const auto line = std::make_shared<Line>();
+  line->tiles = std::move(tiles);
+  jobs.add(std::min<int64_t>(count, jobs.threads), [op, heads, count, line](int64_t) {
     Workspace& work = Workspace::of(op);
-    for (int64_t head = 0; head < heads; ++head) attend(op, tiles[task * heads + head], work);
+    for (int64_t here = line->next++; here < count;) {
+      const Rows* rows = line->tiles.data() + here * heads;
+      here = line->next++;
+      work.ahead.clear();
+      if (here < count && line->tiles[here * heads].sequence != rows->sequence)
+        foresee(op, line->tiles[here * heads], work.ahead);
+      for (int64_t head = 0; head < heads; ++head) attend(op, rows[head], work);
+    }
+    work.ahead.clear();
   });
 }
 

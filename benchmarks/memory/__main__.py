@@ -31,6 +31,10 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only this; may be repeated")
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of arrivals in a run of `wait`")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each case of `wait`")
+    parser.add_argument(
+        "--compared-rounds", type=int, default=default.compared_rounds, help="of the cases that a goal compares"
+    )
+    parser.add_argument("--system", action="append", choices=serve.SYSTEMS, help="default all")
     parser.add_argument("--ratio", type=float, action="append", help="load seconds / step seconds; default 0.25 and 5")
     parser.add_argument("--multiple", type=int, action="append", choices=serve.MULTIPLES, help="default all")
     parser.add_argument("--popularity", action="append", choices=list(serve.POPULARITIES), help="default all")
@@ -69,6 +73,8 @@ def _measure(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     chosen = serve.Options(
         seconds=options.seconds,
         rounds=options.rounds,
+        compared_rounds=options.compared_rounds,
+        systems=options.system or serve.SYSTEMS,
         ratios=options.ratio or serve.RATIOS,
         multiples=options.multiple or serve.MULTIPLES,
         popularities=options.popularity or list(serve.POPULARITIES),

@@ -44,16 +44,10 @@ def _wait(rows: Sequence[Row]) -> str:
         "x own 1x",
         "adapter wait p50 ms",
     ]
-    names += ["p90 ms", "sum s", "loads"]
-    names.append("mean step ms")
-
-    def case(row: Row) -> tuple[object, ...]:
-        return row["system"], row["load_to_step_ratio"], row["popularity"]
-
-    first = {case(row): row["ttft_p50_ms"] for row in rows if row["multiple"] == 1}
+    names += ["p90 ms", "sum s", "runs", "loads", "mean step ms"]
     lines = []
     for row in rows:
-        growth = row["ttft_p50_ms"] / first[case(row)]
+        growth = row["ttft_p50_growth"]
         cells = [
             row["load_to_step_ratio"],
             row["popularity"],
@@ -62,13 +56,14 @@ def _wait(rows: Sequence[Row]) -> str:
             row["ttft_p50_ms"],
             row["ttft_p99_ms"],
         ]
-        cells += [f"{growth:.2f}", row["adapter_wait_p50_ms"], row["adapter_wait_p90_ms"], row["adapter_wait_seconds"]]
-        lines.append([*cells, row["loads"], row["step_mean_ms"]])
+        cells += [f"{growth:.2f}" if growth else "-"]
+        cells += [row["adapter_wait_p50_ms"], row["adapter_wait_p90_ms"], row["adapter_wait_seconds"]]
+        lines.append([*cells, row["runs"], row["loads"], row["step_mean_ms"]])
     rate = f"{rows[0]['requests_per_second']} requests/s, 70 % of {rows[0]['capacity_requests_per_second']}"
     step = f"a decode step takes {rows[0]['decode_step_ms']} ms"
     return (
-        f"**Time to the first token.** {_about(rows)} {rate}; {step}; {rows[0]['requests']} requests a run, "
-        f"the median of {rows[0]['runs']} runs.\n\n" + _table(names, lines)
+        f"**Time to the first token.** {_about(rows)} {rate}; {step}; {rows[0]['requests']} requests a run; "
+        "medians of the runs, *x own 1x* of the quotients round by round.\n\n" + _table(names, lines)
     )
 
 

@@ -6,6 +6,7 @@ moment it should have arrived. All adapters are in the host tier: what is waited
 """
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ POPULARITIES: dict[str, Callable[[int], list[float]]] = {
     "uniform": lambda count: [1.0] * count,
     "zipf-1.0": lambda count: zipf(1.0, count),
 }
+# load / step, popularity, multiple, system
+Case = tuple[float, str, int, str]
 KV_PAGES = MAX_SEQUENCES * PAGES.pages_for_tokens(PROMPT_TOKENS + OUTPUT_TOKENS)
 
 
@@ -45,7 +48,9 @@ class Options:
     """What is measured; `seconds` is how long the arrivals of each run go on."""
 
     seconds: float = 4.0
-    rounds: int = 2
+    rounds: int = 1
+    # Of the two cases that a goal compares, where they are among those measured: runs of seconds near saturation vary.
+    compared_rounds: int = 8
     ratios: Sequence[float] = RATIOS
     multiples: Sequence[int] = MULTIPLES
     systems: Sequence[str] = SYSTEMS
@@ -162,26 +167,46 @@ def _book(
 
 
 def rows(base: Path, adapters: Sequence[Adapter], options: Options) -> list[dict[str, Any]]:
-    """One row for each ratio, popularity, multiple and system; each run is of the same arrivals."""
-    capacity, step = _calibrate(base, adapters)
+    """One row for each ratio, popularity, multiple and system; the runs of a round are of the same arrivals.
+
+    Each round asks anew what the machine can do now: 70 % of yesterday's capacity may be 80 % of today's.
+    """
+    _, step = _calibrate(base, adapters)
     median_bytes = float(np.median([adapter.layout.total_bytes for adapter in adapters]))
-    arrivals = _poisson(LOAD * capacity, options.seconds)
     cases = list(product(options.ratios, options.popularities, options.multiples, options.systems))
-    runs: dict[tuple[float, str, int, str], list[Outcome]] = {case: [] for case in cases}
-    # Round after round: what else the machine does meets every case.
-    for seed in range(options.rounds):
-        for ratio, popularity, multiple, system in cases:
+    runs: dict[Case, list[Outcome]] = {case: [] for case in cases}
+    rates = []
+    for number in range(max(options.rounds, options.compared_rounds)):
+        due = [case for case in cases if number < (options.compared_rounds if _compared(case) else options.rounds)]
+        if not due:
+            break
+        rates.append(_calibrate(base, adapters)[0])
+        arrivals = _poisson(LOAD * rates[-1], options.seconds, seed=5 + number)
+        for done, (ratio, popularity, multiple, system) in enumerate(due):
+            _say(f"round {number + 1}, {done + 1} of {len(due)}: {ratio} {popularity} {multiple}x {system}")
             driver = Driver(base, adapters, system, median_bytes / (ratio * step))
             weights = POPULARITIES[popularity](FITTING * multiple)
             # The pool is full of something before anything counts.
             driver.run([0.0] * (2 * FITTING), weights, seed=7)
-            runs[ratio, popularity, multiple, system].append(driver.run(arrivals, weights, seed=11 + seed))
+            runs[ratio, popularity, multiple, system].append(driver.run(arrivals, weights, seed=11 + number))
+    capacity = float(np.median(rates))
     about = {
         "requests_per_second": round(LOAD * capacity, 1),
         "capacity_requests_per_second": round(capacity, 1),
         "decode_step_ms": round(1e3 * step, 3),
     }
-    return [_row(*case, outcomes) | about for case, outcomes in runs.items()]
+    return [_row(*case, outcomes, runs.get((*case[:2], 1, case[3]), [])) | about for case, outcomes in runs.items()]
+
+
+def _compared(case: Case) -> bool:
+    """The goal: loads of a quarter of a step, 4x the adapters that fit, against 1x and against a pool for all."""
+    ratio, _, multiple, system = case
+    return ratio < 1 and multiple in (1, 4) and system in ("loraplex", "all-fit")
+
+
+def _say(line: str) -> None:
+    """How far a run of minutes is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def capacity_rows(base: Path, adapters: Sequence[Adapter], options: Options) -> list[dict[str, Any]]:
@@ -190,6 +215,7 @@ def capacity_rows(base: Path, adapters: Sequence[Adapter], options: Options) -> 
     median_bytes = float(np.median([adapter.layout.total_bytes for adapter in adapters]))
     found = []
     for ratio, multiple in product(options.ratios, options.multiples):
+        _say(f"capacity: {ratio} {multiple}x")
         driver = Driver(base, adapters, "loraplex", median_bytes / (ratio * step))
         weights = [1.0] * (FITTING * multiple)
         driver.run([0.0] * 60, weights, seed=1)
@@ -215,13 +241,15 @@ def _calibrate(base: Path, adapters: Sequence[Adapter]) -> tuple[float, float]:
     return capacity, float(np.median([step for outcome in outcomes for step in outcome.decode_steps]))
 
 
-def _poisson(rate: float, seconds: float) -> list[float]:
-    gaps = np.random.default_rng(5).exponential(1 / rate, size=int(rate * seconds))
+def _poisson(rate: float, seconds: float, seed: int) -> list[float]:
+    gaps = np.random.default_rng(seed).exponential(1 / rate, size=int(rate * seconds))
     return [float(moment) for moment in np.cumsum(gaps)]
 
 
-def _row(ratio: float, popularity: str, multiple: int, system: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The median of the runs of each figure, and for the one that counts every run."""
+def _row(
+    ratio: float, popularity: str, multiple: int, system: str, outcomes: Sequence[Outcome], fit: Sequence[Outcome]
+) -> dict[str, Any]:
+    """The median of the runs of each figure; of the one that counts every run too, and over the run of 1x beside it."""
 
     def milliseconds(values: Callable[[Outcome], Sequence[float]], percentile: float) -> list[float]:
         own = (values(outcome) or [0.0] for outcome in outcomes)
@@ -231,6 +259,10 @@ def _row(ratio: float, popularity: str, multiple: int, system: str, outcomes: Se
         return round(float(np.median(values)), 3)
 
     first = milliseconds(lambda outcome: outcome.ttft, 50)
+    growth = [
+        round(float(np.median(outcome.ttft) / np.median(beside.ttft)), 3)
+        for outcome, beside in zip(outcomes, fit, strict=False)
+    ]
     return {
         "part": "wait",
         "system": system,
@@ -242,6 +274,8 @@ def _row(ratio: float, popularity: str, multiple: int, system: str, outcomes: Se
         "requests": len(outcomes[0].ttft),
         "ttft_p50_ms": median(first),
         "ttft_p50_ms_runs": first,
+        "ttft_p50_growth": median(growth) if growth else None,
+        "ttft_p50_growth_runs": growth,
         "ttft_p99_ms": median(milliseconds(lambda outcome: outcome.ttft, 99)),
         "adapter_wait_p50_ms": median(milliseconds(lambda outcome: outcome.adapter_wait, 50)),
         "adapter_wait_p90_ms": median(milliseconds(lambda outcome: outcome.adapter_wait, 90)),

@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,13 @@ def main() -> None:
     ).returncode:
         sys.exit("the tests of the memory manager are red: no number is worth reporting")
     about = {"hardware": hardware(), "commit": commit(), "command": " ".join(["make bench-memory", *_arguments()])}
-    rows = [row | about for part in parts for row in _measure(part, options)]
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    rows, started = list[dict[str, Any]](), time.perf_counter()
+    for part in parts:
+        measured = [row | about for row in _measure(part, options)]
+        for row in measured:
+            print(json.dumps(row), flush=True)
+        print(f"{part}: done after {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        rows += measured
     _keep(rows)
     if options.plot:
         from benchmarks.memory.plots import draw

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results" / "memory.jsonl"
 BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
+WAIT_PLOT = "\n\n![Time to the first token by adapters in play](images/memory-wait.svg)"
 EVICTION_PLOT = "\n\n![Miss-seconds against LRU](images/memory-eviction.svg)"
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def _wait(rows: Sequence[Row]) -> str:
     step = f"a decode step takes {rows[0]['decode_step_ms']} ms"
     return (
         f"**Time to the first token.** {_about(rows)} {rate}; {step}; {rows[0]['requests']} requests a run; "
-        "medians of the runs, *x own 1x* of the quotients round by round.\n\n" + _table(names, lines)
+        "medians of the runs, *x own 1x* of the quotients round by round.\n\n" + _table(names, lines) + WAIT_PLOT
     )
 
 

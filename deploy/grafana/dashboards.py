@@ -190,7 +190,7 @@ QUEUES = Dashboard(
         ),
         Panel("Requests refused, by code", "ops", {"{{code}}": rate(f"{SCHEDULER}_refusals_total", "code")}),
         Panel(
-            "Service that waiting tenants lack of their share (seconds; tokens with policy vtc)",
+            "Deficit of waiting tenants (s; vtc: tokens)",
             "short",
             {
                 "{{tenant}}": f"max by (tenant) ({SCHEDULER}_fairness_deficit_seconds "

@@ -17,7 +17,7 @@ def expected(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("intermediate", [1, 63, 100], ids=lambda size: f"intermediate-{size}")
+@pytest.mark.parametrize("intermediate", [1, 63, 100, 2100], ids=lambda size: f"intermediate-{size}")
 @pytest.mark.parametrize("num_tokens", [1, 7, 33], ids=lambda count: f"{count}-tokens")
 def test_gates(num_tokens: int, intermediate: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     gate_up = (4 * torch.randn(num_tokens, 2 * intermediate, generator=generator)).to(dtype)

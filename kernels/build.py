@@ -16,7 +16,7 @@ LIBRARIES = HERE / "cpu"
 # No contraction: what is fused is written in the sources, so that bits do not depend on the compiler.
 FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v3", "-ffp-contract=off", "-fopenmp", "-fPIC")
 # GCC 12 takes a trick in its own AVX-512 header for a use of uninitialised values.
-WARNINGS = ("-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized")
 
 
 def sources() -> list[Path]:

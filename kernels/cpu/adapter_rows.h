@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "jobs.h"
-#include "simd.h"
+#include "vectors.h"
 
 namespace loraplex {
 
@@ -26,13 +26,19 @@ struct Adapters {
   int64_t place(int64_t adapter, int64_t layer, int64_t module) const {
     return (adapter * num_layers + layer) * kNumModules + module;
   }
+  int64_t element_bytes(int64_t adapter) const { return dtype[adapter] == kFloat32 ? 4 : 2; }
   int64_t row_units(int64_t adapter, int64_t features) const {
-    const int64_t bytes = features * (dtype[adapter] == kFloat32 ? 4 : 2);
-    return (bytes + kUnitBytes - 1) / kUnitBytes;
+    return (features * element_bytes(adapter) + kUnitBytes - 1) / kUnitBytes;
   }
-  const uint8_t* unit(int64_t adapter, int64_t index) const {
-    const int64_t units = page_bytes / kUnitBytes, page = page_table[adapter * max_pages + index / units];
-    return pool + page * page_bytes + index % units * kUnitBytes;
+  const uint8_t* unit(int64_t adapter, int64_t index) const { return units(adapter, index, 1); }
+  // Where the units [first, first + count) lie, or null when they cross into another page.
+  const uint8_t* units(int64_t adapter, int64_t first, int64_t count) const {
+    // unit numbers are 32 bits in the tables, and a division of 32 bits is several times quicker than one of 64
+    const uint32_t size = static_cast<uint32_t>(page_bytes / kUnitBytes), index = static_cast<uint32_t>(first) / size;
+    const uint32_t place = static_cast<uint32_t>(first) - index * size;
+    if (place + count > size) return nullptr;
+    const int64_t page = page_table[adapter * max_pages + index];
+    return pool + page * page_bytes + place * kUnitBytes;
   }
 };
 
@@ -51,10 +57,8 @@ inline void copy_units(const Adapters& adapters, int64_t adapter, int64_t first,
 // The same as float32: a pointer into the pool when that is what lies there in one piece, else a copy in `scratch`.
 inline const float* read_units(const Adapters& adapters, int64_t adapter, int64_t first, int64_t count,
                                float* scratch) {
-  const int64_t page_units = adapters.page_bytes / kUnitBytes;
-  const bool one_page = first / page_units == (first + count - 1) / page_units;
-  if (adapters.dtype[adapter] == kFloat32 && one_page)
-    return reinterpret_cast<const float*>(adapters.unit(adapter, first));
+  if (adapters.dtype[adapter] == kFloat32)
+    if (const uint8_t* found = adapters.units(adapter, first, count)) return reinterpret_cast<const float*>(found);
   copy_units(adapters, adapter, first, count, scratch);
   return scratch;
 }
@@ -118,8 +122,5 @@ std::vector<Run> runs(const std::vector<Task>& tasks, int threads, F cost) {
   }
   return found;
 }
-
-// What is read while something else is computed: not now, but soon, hence into the second-level cache.
-inline void fetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
 
 }  // namespace loraplex

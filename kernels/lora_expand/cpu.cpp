@@ -1,17 +1,12 @@
-// out += scaling * shrunk B. A row of B^T is contiguous along out_features, so tiles are tokens by columns. Every
-// element is one chain of fused multiply-adds over the rank in rising order from 0, then one with scaling and out: its
-// bits depend on its row of shrunk, its column of B and what out held.
+// out += scaling * shrunk B: who computes what. How is in tile.h.
 #include "../cpu/adapter_rows.h"
+#include "tile.h"
 
 namespace loraplex {
 namespace {
 
-constexpr int64_t kColumns = 64;  // of a tile: one unit of 16-bit elements, two of float32
 constexpr int64_t kTaskColumns = 256, kTaskTokens = 64;
-constexpr int kRows = 6;
-// One token by itself: rows of B^T read side by side, the columns of its sums, what lies between what is read and what
-// is fetched.
-constexpr int kStreams = 4;
+// One token by itself: the columns of its sums, and what lies between what is read and what is fetched.
 constexpr int64_t kTokenColumns = 1024, kAheadBytes = 8192;
 
 struct Expand {
@@ -21,86 +16,25 @@ struct Expand {
   Segments segments;
   const int32_t* modules;
   const int64_t* first_column;  // of each module in out, and the end
-  int64_t num_modules, layer, num_tokens, in_features, max_lora_rank, out_stride, out_dtype;
+  int64_t num_modules, layer, num_tokens, in_features, max_lora_rank, out_stride;
+  int32_t out_dtype;
+  int32_t lanes;  // 8, or 16 where the CPU has AVX-512
+
+  const float* narrow(const Task& task) const {
+    return shrunk + (task.piece.index * num_tokens + task.token) * max_lora_rank;
+  }
+  template <typename T>
+  T* wide(const Task& task) const {
+    return static_cast<T*>(out) + task.token * out_stride + first_column[task.piece.index] + task.first;
+  }
 };
-
-// R tokens by V vectors of columns. `fetches`: the columns after the kColumns of the tile meanwhile.
-template <int R, int V, typename T>
-void tile(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank, int64_t column,
-          bool fetches, float scaling, T* out, int64_t out_stride, int64_t columns) {
-  __m256 sums[R][V] = {};
-  for (int64_t j = 0; j < lora_rank; ++j) {
-    if (fetches)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v += 2) fetch(reinterpret_cast<const uint8_t*>(b[j] + column + kColumns + v * kLanes));
-    __m256 row[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = load(b[j] + column + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m256 value = _mm256_broadcast_ss(shrunk + r * shrunk_stride + j);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sums[r][v] = fma(value, row[v], sums[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int lanes = static_cast<int>(columns - column) - v * kLanes;
-      if (lanes <= 0) continue;
-      T* at = out + r * out_stride + column + v * kLanes;
-      store_first(at, fma(_mm256_set1_ps(scaling), sums[r][v], load_first(at, lanes)), lanes);
-    }
-}
-
-template <int R, int V, typename T>
-void columns_of_rows(const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank,
-                     bool fetches, float scaling, T* out, int64_t out_stride, int64_t columns) {
-  for (int64_t column = 0; column < columns; column += V * kLanes)
-    tile<R, V>(shrunk, shrunk_stride, b, lora_rank, column, fetches, scaling, out, out_stride, columns);
-}
-
-template <typename T>
-void few_rows(int64_t count, const float* shrunk, int64_t shrunk_stride, const float* const* b, int64_t lora_rank,
-              bool fetches, float scaling, T* out, int64_t out_stride, int64_t columns) {
-  const auto with = [&](auto run) {
-    run(shrunk, shrunk_stride, b, lora_rank, fetches, scaling, out, out_stride, columns);
-  };
-  switch (count) {
-    case 1: return with(columns_of_rows<1, 8, T>);
-    case 2: return with(columns_of_rows<2, 4, T>);
-    case 3: return with(columns_of_rows<3, 4, T>);
-    case 4: return with(columns_of_rows<4, 2, T>);
-    case 5: return with(columns_of_rows<5, 2, T>);
-    default: return with(columns_of_rows<6, 2, T>);
-  }
-}
 
 struct Scratch {
   std::vector<float> rows;
   std::vector<const float*> b;
 };
 
-// Points scratch.b[j] at columns [column, column + kColumns) of row j of B^T, whose first unit is first_unit.
-void read_b(const Adapters& adapters, const Piece& piece, int64_t first_unit, int64_t features, int64_t column,
-            Scratch& scratch) {
-  const int64_t units = adapters.row_units(piece.adapter, features);
-  const int64_t unit_columns = adapters.dtype[piece.adapter] == kFloat32 ? 32 : 64;
-  const int64_t unit = column / unit_columns, count = std::min(kColumns / unit_columns, units - unit);
-  for (int64_t j = 0; j < piece.lora_rank; ++j) {
-    const int64_t first = first_unit + j * units + unit;
-    float* room = scratch.rows.data() + j * kColumns;
-    scratch.b[j] = room;
-    // tiles read kColumns: what lies behind the row's last unit may not even be memory
-    if (count * unit_columns < kColumns)
-      copy_units(adapters, piece.adapter, first, count, room);
-    else
-      scratch.b[j] = read_units(adapters, piece.adapter, first, count, room);
-  }
-}
-
-// The part of B^T that one token's task reads: row j, the columns of the task.
+// The part of B^T that a task reads: row j, the columns of the task.
 struct Rows {
   int64_t adapter, first_unit, row_units, units, count;
 
@@ -114,8 +48,12 @@ struct Rows {
                  task.first / unit_columns;
   }
 
-  const float* read(const Adapters& adapters, int64_t j, float* scratch) const {
-    return read_units(adapters, adapter, first_unit + j * row_units, units, scratch);
+  const uint8_t* whole(const Adapters& adapters, int64_t j) const {
+    return adapters.units(adapter, first_unit + j * row_units, units);
+  }
+  // Row j as float32.
+  void copy(const Adapters& adapters, int64_t j, float* to) const {
+    copy_units(adapters, adapter, first_unit + j * row_units, units, to);
   }
   const uint8_t* address(const Adapters& adapters, int64_t j) const {
     return adapters.unit(adapter, first_unit + std::min(j, count - 1) * row_units);
@@ -127,82 +65,83 @@ struct Rows {
   }
 };
 
-// sums += value[r] * b[r], the rows in rising order. `ahead`: kStreams rows that are fetched meanwhile.
-template <int R>
-void add_rows(const __m256* value, const float* const* b, const uint8_t* const* ahead, int64_t columns, float* sums) {
-  for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kStreams; ++r) fetch(ahead[r] + c * sizeof(float));
-    __m256 low = load(sums + c), high = load(sums + c + kLanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      low = fma(value[r], load(b[r] + c), low);
-      high = fma(value[r], load(b[r] + c + kLanes), high);
+// `count` rows from j on, where they lie, or all of them as float32 in `scratch` when one crosses into another page.
+struct Read {
+  const void* rows[kStreams];
+  int32_t dtype;
+
+  Read(const Adapters& adapters, const Rows& part, int64_t j, int64_t count, Scratch& scratch)
+      : dtype(adapters.dtype[part.adapter]) {
+    bool is_whole = true;
+    for (int64_t r = 0; r < count; ++r) {
+      rows[r] = part.whole(adapters, j + r);
+      is_whole = is_whole && rows[r];
     }
-    store(sums + c, low);
-    store(sums + c + kLanes, high);
+    if (is_whole) return;
+    scratch.rows.resize(std::max<int64_t>(scratch.rows.size(), kStreams * kTokenColumns));
+    for (int64_t r = 0; r < count; ++r) {
+      float* room = scratch.rows.data() + r * kTokenColumns;
+      part.copy(adapters, j + r, room);
+      rows[r] = room;
+    }
+    dtype = kFloat32;
   }
-}
+};
 
 // One token: the sums of all its columns wait in the first-level cache while B^T streams through, row after row.
 // `later`: the task that comes after it on this thread, or null.
 template <typename T>
 void run_token(const Expand& op, const Adapters& adapters, const Task& task, const Task* later, Scratch& scratch) {
-  const Piece& piece = task.piece;
   const int64_t columns = task.last - task.first;
   const Rows rows(op, task), next(op, later ? *later : task);
   const int64_t distance = rows.distance();
-  const float* shrunk = op.shrunk + (piece.index * op.num_tokens + task.token) * op.max_lora_rank;
-  scratch.rows.resize(std::max<int64_t>(scratch.rows.size(), kStreams * kTokenColumns));
-  alignas(32) float sums[kTokenColumns];
+  const float* shrunk = op.narrow(task);
+  const auto add = op.lanes == 16 ? add_token_avx512 : add_token_avx2;
+  alignas(64) float sums[kTokenColumns];
   std::fill(sums, sums + (columns + kColumns - 1) / kColumns * kColumns, 0.0f);
   for (int64_t j = 0; j < rows.count; j += kStreams) {
-    const float* b[kStreams];
-    const uint8_t* ahead[kStreams];
-    __m256 value[kStreams];
     // a row that is not there adds nothing, not even a zero: the chain is as long as the rank
     const int64_t here = std::min<int64_t>(kStreams, rows.count - j);
-    for (int64_t r = 0; r < here; ++r) {
-      b[r] = rows.read(adapters, j + r, scratch.rows.data() + r * kTokenColumns);
-      value[r] = _mm256_broadcast_ss(shrunk + j + r);
-    }
+    const Read read(adapters, rows, j, here, scratch);
+    const uint8_t* ahead[kStreams];
     for (int64_t r = 0; r < kStreams; ++r) {
       const int64_t row = j + r + distance;
       ahead[r] = row < rows.count ? rows.address(adapters, row) : next.address(adapters, row - rows.count);
     }
-    switch (here) {
-      case 1: add_rows<1>(value, b, ahead, columns, sums); break;
-      case 2: add_rows<2>(value, b, ahead, columns, sums); break;
-      case 3: add_rows<3>(value, b, ahead, columns, sums); break;
-      default: add_rows<4>(value, b, ahead, columns, sums);
-    }
+    add({shrunk + j, read.rows, ahead, sums, columns, static_cast<int32_t>(here), read.dtype});
   }
-  T* out = static_cast<T*>(op.out) + task.token * op.out_stride + op.first_column[piece.index] + task.first;
-  const __m256 scaling = _mm256_set1_ps(adapters.scaling[piece.place]);
+  T* out = op.wide<T>(task);
+  const __m256 scaling = _mm256_set1_ps(adapters.scaling[task.piece.place]);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int lanes = static_cast<int>(columns - c);
     store_first(out + c, fma(scaling, load(sums + c), load_first(out + c, lanes)), lanes);
   }
 }
 
-template <typename T>
-void run(const Expand& op, const Adapters& adapters, const Task& task, Scratch& scratch) {
-  const Piece& piece = task.piece;
-  const int64_t features = op.first_column[piece.index + 1] - op.first_column[piece.index];
-  const int64_t a_units = piece.lora_rank * adapters.row_units(piece.adapter, op.in_features);
-  scratch.rows.resize(piece.lora_rank * kColumns);
-  scratch.b.resize(piece.lora_rank);
-  for (int64_t column = task.first; column < task.last; column += kColumns) {
-    read_b(adapters, piece, adapters.start_unit[piece.place] + a_units, features, column, scratch);
-    const bool has_more = column + kColumns < task.last && adapters.dtype[piece.adapter] == kFloat32;
-    for (int64_t token = task.token; token < task.token_end; token += kRows) {
-      const float* shrunk = op.shrunk + (piece.index * op.num_tokens + token) * op.max_lora_rank;
-      T* out = static_cast<T*>(op.out) + token * op.out_stride + op.first_column[piece.index] + column;
-      few_rows<T>(std::min<int64_t>(kRows, task.token_end - token), shrunk, op.max_lora_rank, scratch.b.data(),
-                  piece.lora_rank, has_more && token == task.token, adapters.scaling[piece.place], out, op.out_stride,
-                  std::min(kColumns, task.last - column));
-    }
+// Points scratch.b[j] at the task's columns of row j of B^T, as float32.
+void read_b(const Adapters& adapters, const Rows& rows, int64_t columns, Scratch& scratch) {
+  const int64_t width = (columns + kColumns - 1) / kColumns * kColumns;
+  const bool is_float = adapters.dtype[rows.adapter] == kFloat32;
+  // tiles read whole kColumns: what lies behind the row's last unit may not even be memory
+  const bool is_whole = is_float && rows.units * kUnitBytes == width * static_cast<int64_t>(sizeof(float));
+  scratch.rows.resize(std::max<int64_t>(scratch.rows.size(), rows.count * width));
+  scratch.b.resize(rows.count);
+  for (int64_t j = 0; j < rows.count; ++j) {
+    const uint8_t* found = is_whole ? rows.whole(adapters, j) : nullptr;
+    float* room = scratch.rows.data() + j * width;
+    if (!found) rows.copy(adapters, j, room);
+    scratch.b[j] = found ? reinterpret_cast<const float*>(found) : room;
   }
+}
+
+template <typename T>
+void run_tokens(const Expand& op, const Adapters& adapters, const Task& task, Scratch& scratch) {
+  const Rows rows(op, task);
+  read_b(adapters, rows, task.last - task.first, scratch);
+  (op.lanes == 16 ? add_tile_avx512 : add_tile_avx2)(
+      {op.narrow(task), scratch.b.data(), op.wide<T>(task), task.token_end - task.token, op.max_lora_rank, op.out_stride,
+       rows.count, task.last - task.first, adapters.scaling[task.piece.place], op.out_dtype,
+       adapters.dtype[rows.adapter] == kFloat32});
 }
 
 template <typename T>
@@ -212,11 +151,16 @@ void run(const Expand& op, const Task* begin, const Task* end) {
   for (const Task* task = begin; task != end; ++task) {
     const bool goes_on = task + 1 != end && one_token(task[1]);
     if (one_token(*task)) run_token<T>(op, *op.adapters, *task, goes_on ? task + 1 : nullptr, scratch);
-    else run<T>(op, *op.adapters, *task, scratch);
+    else run_tokens<T>(op, *op.adapters, *task, scratch);
   }
 }
 
 }  // namespace
+
+void add_token_avx2(const TokenRows& rows) { add_token<Vector8>(rows); }
+
+void add_tile_avx2(const TileRows& rows) { add_tile<Vector8>(rows); }
+
 }  // namespace loraplex
 
 using namespace loraplex;
@@ -236,7 +180,7 @@ extern "C" void loraplex_lora_expand(const Expand* arguments, Jobs* jobs) {
     return task.piece.lora_rank * (task.last - task.first) * (1 + (task.token_end - task.token) / 4);
   });
   const int64_t count = static_cast<int64_t>(parts.size());
-  with_type(static_cast<int32_t>(op.out_dtype), [&](auto* type) {
+  with_type(op.out_dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     jobs->add(count, [op, tasks = std::move(tasks), parts = std::move(parts)](int64_t part) {
       run<T>(op, tasks.data() + parts[part].first, tasks.data() + parts[part].last);

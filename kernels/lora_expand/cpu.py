@@ -1,7 +1,7 @@
 """Calls the compiled expand."""
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu import tables
 from kernels.cpu.launch import launch
-from kernels.cpu.library import DTYPE_CODES, is_plain
+from kernels.cpu.library import DTYPE_CODES, is_plain, vector_lanes
 
 
 class _Expand(ctypes.Structure):
@@ -20,7 +20,8 @@ class _Expand(ctypes.Structure):
         ("segments", tables.SegmentsStructure),
         *((name, c_void_p) for name in ("modules", "first_column")),
         *((name, c_int64) for name in ("num_modules", "layer", "num_tokens", "in_features", "max_lora_rank")),
-        *((name, c_int64) for name in ("out_stride", "out_dtype")),
+        ("out_stride", c_int64),
+        *((name, c_int32) for name in ("out_dtype", "lanes")),
     )
 
 
@@ -54,6 +55,7 @@ def lora_expand_cpu(
         adapters.max_lora_rank,
         out.stride(0),
         DTYPE_CODES[out.dtype],
+        vector_lanes(),
     )
     launch("lora_expand", op, out, shrunk, *tables.tensors(adapters, segments))
 

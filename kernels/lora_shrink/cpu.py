@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu import tables
 from kernels.cpu.launch import launch, settle
-from kernels.cpu.library import is_plain
+from kernels.cpu.library import is_plain, vector_lanes
 
 
 class _Shrink(ctypes.Structure):
@@ -18,6 +18,7 @@ class _Shrink(ctypes.Structure):
         ("segments", tables.SegmentsStructure),
         ("modules", c_void_p),
         *((name, c_int64) for name in ("num_modules", "layer", "num_tokens", "in_features", "max_lora_rank")),
+        ("lanes", c_int64),
     )
 
 
@@ -44,6 +45,7 @@ def lora_shrink_cpu(
         num_tokens,
         in_features,
         adapters.max_lora_rank,
+        vector_lanes(),
     )
     launch("lora_shrink", op, out, x, *tables.tensors(adapters, segments), reads=x)
     return out

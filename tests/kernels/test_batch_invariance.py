@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.adapters import AdapterTables
-from kernels.cpu.library import vector_lanes
-from kernels.linear import as_rows, cpu, linear, pack
+from kernels.linear import as_rows, linear, pack
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink
 from kernels.paged_attention import paged_attention
@@ -40,20 +39,12 @@ def depends_on_its_batch(run: Callable[[Tensor], Tensor], rows: Tensor, threads:
     return any(not torch.equal(run(rows[start:end]), alone[start:end]) for start, end in batches if end <= len(rows))
 
 
-@pytest.mark.parametrize("lanes", [8, 16], ids=lambda lanes: f"{lanes}-lanes")
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("in_features", "out_features"), [(63, 37), (700, 100), (256, 192)])
 def test_linear(
-    in_features: int,
-    out_features: int,
-    dtype: torch.dtype,
-    lanes: int,
-    compiled: int,
-    generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    in_features: int, out_features: int, dtype: torch.dtype, compiled: int, generator: torch.Generator
 ) -> None:
-    lanes = min(lanes, vector_lanes())
-    monkeypatch.setattr(cpu, "vector_lanes", lambda: lanes)
     weight = pack(torch.randn(out_features, in_features, generator=generator).to(dtype))
     bias = torch.randn(out_features, generator=generator).to(dtype)
     rows = torch.randn(64, in_features, generator=generator).to(dtype)
@@ -139,6 +130,7 @@ def delta(
     return out
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lora(dtype: torch.dtype, compiled: int, tables: AdapterTables, generator: torch.Generator) -> None:
     """Segments of 150, 1, 6 and 70 tokens and 13 of the base, against each token alone with its adapter."""
@@ -155,6 +147,7 @@ def test_lora(dtype: torch.dtype, compiled: int, tables: AdapterTables, generato
     assert torch.equal(together[:13], base[:13])
 
 
+@pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("page_bytes", [1024, 1 << 16], ids=lambda size: f"pages-of-{size}")
 def test_lora_of_wide_rows(page_bytes: int, compiled: int, generator: torch.Generator) -> None:
     """Twelve tokens on twelve adapters read whole rows of B, one token alone reads them cut in columns."""

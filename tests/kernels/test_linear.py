@@ -3,18 +3,9 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.cpu.library import vector_lanes
 from kernels.linear import cpu, linear, pack
 
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=[8, 16], ids=["8-lanes", "16-lanes"])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Both instruction sets where the CPU has both; else the one it has, twice."""
-    lanes = min(int(request.param), vector_lanes())
-    monkeypatch.setattr(cpu, "vector_lanes", lambda: lanes)
-    return lanes
 
 
 def expected(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

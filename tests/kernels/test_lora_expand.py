@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from kernels.adapters import AdapterTables, Segments
-from kernels.lora_expand import lora_expand
+from kernels.cpu.library import vector_lanes
+from kernels.lora_expand import cpu, lora_expand
 from tests.kernels.adapter_pool import PACKED_DTYPES, Adapter, build_segments, build_tables, random_lora
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -94,6 +95,19 @@ def test_mixed_adapters_leave_base_rows_untouched(
     tables = build_tables(adapters, LAYERS, 1024, generator)
     segments = build_segments([5, 7, 1, 0, 20], [2, -1, 1, 0, 3])
     assert_expands(adapters, tables, segments, layer, modules, generator, out_dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33], ids=lambda count: f"{count}-tokens")
+def test_the_width_of_vectors_changes_no_bit(num_tokens: int, generator: torch.Generator) -> None:
+    tables = build_tables(make_adapters([24], ["bfloat16"], generator), LAYERS, 1024, generator)
+    segments, sizes = build_segments([num_tokens], [0]), tuple(OUT_FEATURES[module] for module in QKV)
+    shrunk = torch.randn(3, num_tokens, 24, generator=generator)
+    outs = torch.randn(num_tokens, sum(sizes), generator=generator).repeat(2, 1, 1)
+    for out, lanes in zip(outs, (8, vector_lanes()), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "vector_lanes", lambda lanes=lanes: lanes)
+            lora_expand(shrunk, tables, segments, 1, QKV, IN_FEATURES, sizes, out)
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("spoil", ["page_table", "scaling", "start_unit"])

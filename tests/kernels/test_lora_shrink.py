@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.adapters import AdapterTables, Segments
-from kernels.lora_shrink import lora_shrink
+from kernels.cpu.library import vector_lanes
+from kernels.lora_shrink import cpu, lora_shrink
 from tests.kernels.adapter_pool import PACKED_DTYPES, Adapter, build_segments, build_tables, random_lora
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -78,6 +80,17 @@ def test_mixed_adapters_and_base_rows(
     segments = build_segments([5, 7, 1, 0, 20], [2, -1, 1, 0, 3])
     x = torch.randn(33, IN_FEATURES, generator=generator).to(x_dtype)
     assert_shrinks(x, adapters, tables, segments, layer, modules)
+
+
+def test_each_width_of_vectors_has_code_of_its_own(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are within the bound; where a CPU has both they round differently, so neither stands for the other."""
+    tables = build_tables(make_adapters([8], ["float32"], generator), LAYERS, 1024, generator)
+    x, segments, found = torch.randn(200, IN_FEATURES, generator=generator), build_segments([200], [0]), []
+    for lanes in (8, vector_lanes()):
+        monkeypatch.setattr(cpu, "vector_lanes", lambda lanes=lanes: lanes)
+        with dispatch.force("cpu"):
+            found.append(lora_shrink(x, tables, segments, 0, QKV))
+    assert torch.equal(*found) == (vector_lanes() == 8)
 
 
 def test_all_rows_are_base_rows(generator: torch.Generator) -> None:

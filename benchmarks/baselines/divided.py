@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from common.packing import PackedLayout
 from gpu_worker.memory.adapter_cache import AdapterCache, ResidentAdapter
-from gpu_worker.memory.eviction import EvictionQueue, GreedyDual
+from gpu_worker.memory.eviction import EvictionQueue, LeastWorth
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.prefix_cache import PrefixPage
@@ -23,8 +23,8 @@ class Divided(MemoryManager):
 
     def __init__(self, geometry: PageGeometry, num_pages: int) -> None:
         super().__init__(geometry, num_pages)
-        self._cold_adapters = EvictionQueue(GreedyDual())
-        self.adapters = AdapterCache(geometry, self._allocator, self._cold_adapters, self.costs)
+        self._cold_adapters = EvictionQueue(LeastWorth())
+        self.adapters = AdapterCache(geometry, self._allocator, self._cold_adapters, self.costs, self.demand)
 
     def admit(
         self,
@@ -46,9 +46,8 @@ class Divided(MemoryManager):
             adapter = self.adapters.add_loading(adapter_version, layout)
         if adapter:
             self.adapters.acquire(adapter)
-        self._queue.tick()
-        self._cold_adapters.tick()
         self.kv.start(sequence_id, cached)
+        self.prefixes.passed(self.demand.admitted(adapter_version))
         self._make_room(num_pages)
         self.kv.extend(sequence_id, num_pages)
         return True
@@ -64,7 +63,8 @@ class Divided(MemoryManager):
         """While the adapters' part has room; what is in it stays."""
         if self.adapters.get(adapter_version) or not self._adapter_fits(layout):
             return False
-        self.adapters.foresee(self.adapters.add_loading(adapter_version, layout))
+        self.adapters.add_loading(adapter_version, layout)
+        self.demand.foresee(adapter_version)
         return True
 
     def complete(self, step: int) -> None:

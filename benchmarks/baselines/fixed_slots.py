@@ -21,7 +21,7 @@ class LeastRecentSlots(Slotted):
     def __init__(self, geometry: PageGeometry, num_pages: int) -> None:
         super().__init__(geometry, num_pages)
         self._cold_adapters = EvictionQueue(LeastRecentlyUsed())
-        self.adapters = AdapterCache(geometry, self._allocator, self._cold_adapters, self.costs)
+        self.adapters = AdapterCache(geometry, self._allocator, self._cold_adapters, self.costs, self.demand)
 
 
 class NoPrefetch(Prefetcher):

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.memory.geometry import MODELS, layout_of, pages_of
 from common.packing import MODULES, PackedLayout
-from gpu_worker.memory.eviction import EvictionPolicy, GreedyDual, LeastRecentlyUsed
+from gpu_worker.memory.eviction import EvictionPolicy, LeastRecentlyUsed, LeastWorth
 from gpu_worker.memory.manager import MemoryManager
 
 MODEL = MODELS["Llama-3.1-8B"]
@@ -194,7 +194,7 @@ def eviction_rows(num_turns: int, seeds: Sequence[int] = (1, 2, 3)) -> list[dict
     cases = [(kind, name, seed) for kind in REQUESTS for name in TRACES for seed in seeds]
     for kind, name, seed in cases:
         turns = list(REQUESTS[kind](TRACES[name], num_turns, seed))
-        joint, lru = (_miss(policy, turns) for policy in (GreedyDual(), LeastRecentlyUsed()))
+        joint, lru = (_miss(policy, turns) for policy in (LeastWorth(), LeastRecentlyUsed()))
         found.append(
             {
                 "part": "eviction",

@@ -1,6 +1,5 @@
 """Adapters in pages: loading, in use, or cold and in the eviction queue."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +8,8 @@ import numpy.typing as npt
 
 from common.packing import MODULE_INDEX, MODULES, PackedLayout
 from gpu_worker.memory.allocator import PageAllocator, PageKind
-from gpu_worker.memory.costs import MAX_KNOWN_ADAPTERS, CostModel
+from gpu_worker.memory.costs import CostModel
+from gpu_worker.memory.demand import Demand, Requests, worth
 from gpu_worker.memory.eviction import Candidate, EvictionQueue
 from gpu_worker.memory.geometry import PageGeometry
 
@@ -51,15 +51,20 @@ class ResidentAdapter(Candidate):
     layout: PackedLayout
     table: ModuleTable
     pages: list[int]
+    requests: Requests
+    # What it takes to bring it back, as of when it was used last.
+    seconds: float = 0.0
     loading: bool = True
     sequence_pins: int = 0
     operator_pinned: bool = False
-    # Loaded for a request that is not admitted yet, and counted as its demand.
-    foreseen: bool = False
 
     @property
     def num_pages(self) -> int:
         return len(self.pages)
+
+    @property
+    def worth(self) -> float:
+        return worth(self.requests.level, self.seconds / len(self.pages))
 
     @property
     def cold(self) -> bool:
@@ -71,17 +76,16 @@ class AdapterCache:
     """Adapters by digest. No slot, no maximal rank: an adapter takes the pages its bytes take."""
 
     def __init__(
-        self, geometry: PageGeometry, allocator: PageAllocator, queue: EvictionQueue, costs: CostModel
+        self, geometry: PageGeometry, allocator: PageAllocator, queue: EvictionQueue, costs: CostModel, demand: Demand
     ) -> None:
         self._geometry = geometry
         self._allocator = allocator
         self._queue = queue
         self._costs = costs
+        self._demand = demand
         self._loads = 0
         self._adapters: dict[str, ResidentAdapter] = {}
         self._operator_pinned: dict[str, ResidentAdapter] = {}
-        # (demand, demand_at, bytes) of adapters that are not resident, the last to leave last
-        self._remembered: OrderedDict[str, tuple[float, int, int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -98,17 +102,11 @@ class AdapterCache:
         pages = self._allocator.allocate(num_pages, PageKind.LOADING)
         table = ModuleTable.of(layout, self._geometry.num_layers)
         self._loads += 1
-        adapter = ResidentAdapter(self._loads, adapter_version, layout, table, pages)
-        adapter.demand, adapter.demand_at, _ = self._remembered.pop(adapter_version, (0.0, 0, 0))
+        requests = self._demand.of(adapter_version)
+        requests.reload_seconds_per_page = 0.0
+        adapter = ResidentAdapter(self._loads, adapter_version, layout, table, pages, requests)
         self._adapters[adapter_version] = adapter
         return adapter
-
-    def reload_seconds_per_page(self, adapter_version: str) -> float:
-        """What it takes to bring an adapter that left back, shared out over its pages; 0 when it is here or unknown."""
-        if adapter_version not in self._remembered:
-            return 0.0
-        num_bytes = self._remembered[adapter_version][2]
-        return self._costs.load_seconds(adapter_version, num_bytes) / self._geometry.pages_for_bytes(num_bytes)
 
     def finish_loading(self, adapter_version: str) -> ResidentAdapter:
         adapter = self._adapters[adapter_version]
@@ -117,17 +115,9 @@ class AdapterCache:
         self._rest(adapter)
         return adapter
 
-    def foresee(self, adapter: ResidentAdapter) -> None:
-        """A request that will use the adapter is on its way: it counts now, and not once more when it is admitted."""
-        self._queue.wanted(adapter)
-        adapter.foreseen = True
-
     def acquire(self, adapter: ResidentAdapter) -> None:
         """One more admitted sequence uses the adapter."""
         adapter.sequence_pins += 1
-        if not adapter.foreseen:
-            self._queue.wanted(adapter)
-        adapter.foreseen = False
         self._queue.discard(adapter)
 
     def release(self, adapter: ResidentAdapter) -> None:
@@ -172,15 +162,15 @@ class AdapterCache:
         del self._adapters[adapter_version]
         self._queue.discard(adapter)
         self._allocator.free(adapter.pages, adapter.last_step)
-        # Who was foreseen and comes too late is counted then.
-        demand = max(0.0, adapter.demand - adapter.foreseen)
-        self._remembered[adapter_version] = demand, adapter.demand_at, adapter.layout.total_bytes
-        if len(self._remembered) > MAX_KNOWN_ADAPTERS:
-            self._remembered.popitem(last=False)
+        adapter.requests.withdraw()
+        adapter.requests.reload_seconds_per_page = self._load_seconds(adapter) / adapter.num_pages
         return adapter
 
     def _rest(self, adapter: ResidentAdapter) -> None:
         """Puts the adapter in the eviction queue when it is cold."""
         if adapter.cold:
-            seconds = self._costs.load_seconds(adapter.adapter_version, adapter.layout.total_bytes)
-            self._queue.add(adapter, seconds)
+            adapter.seconds = self._load_seconds(adapter)
+            self._queue.add(adapter)
+
+    def _load_seconds(self, adapter: ResidentAdapter) -> float:
+        return self._costs.load_seconds(adapter.adapter_version, adapter.layout.total_bytes)

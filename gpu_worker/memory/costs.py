@@ -2,13 +2,13 @@
 
 from collections import OrderedDict
 
+from gpu_worker.memory.demand import MAX_KNOWN_ADAPTERS
+
 # Until something was measured: a memory copy, and a small model on a CPU.
 _PRIOR_LOAD_SECONDS_PER_BYTE = 1e-9
 _PRIOR_PREFILL_SECONDS_PER_TOKEN = 1e-3
 # A new measurement counts this much against all before it.
 _WEIGHT = 0.2
-# Adapters whose load is remembered: some 100 bytes each.
-MAX_KNOWN_ADAPTERS = 65_536
 
 
 class CostModel:

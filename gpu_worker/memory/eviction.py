@@ -4,9 +4,8 @@
       ^                |                           |
       +----discard-----+---------------------------+
 
-A candidate is worth (recent demand x seconds to bring it back) / pages. `GreedyDual` turns worth into a place in a heap
-that needs no second look: N. Young, "The k-server dual and loose competitiveness for paging" (1994), with frequency and
-size as in L. Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching" (1998).
+The one whose return would cost least, weighed by how likely it is wanted, goes first. What makes a candidate worth more
+is noticed when its turn comes, what makes it worth less is told by `look_again`: so a heap is enough.
 """
 
 from abc import ABC, abstractmethod
@@ -19,56 +18,29 @@ from typing import Protocol
 
 from gpu_worker.memory.allocator import IntegrityError
 
-# Demand halves while this many requests are admitted: long enough to see that an adapter of a few per mille is wanted.
-HALF_LIFE_REQUESTS = 1024
 # Void heap entries that are not worth a sweep.
 _FEW_ENTRIES = 64
 
 
 class EvictionPolicy(Protocol):
-    """Places candidates in line; the smallest rank goes first."""
+    """Places candidates in line."""
 
-    def rank(self, worth: float) -> float:
-        """The place of a candidate of which somebody let go just now."""
-
-    def raised(self, rank: float, worth: float) -> float:
-        """The place of a candidate in line that turns out to be worth so much more."""
-
-    def evicted(self, rank: float) -> None:
-        """The candidate of this rank, the smallest, was evicted."""
+    def rank(self, candidate: "Candidate") -> float:
+        """Its place as of now; the smallest goes first."""
 
 
-class GreedyDual:
-    """Rank = worth + the rank evicted last: a candidate that nobody wants falls behind all that are newer."""
+class LeastWorth:
+    """Whose pages save the fewest seconds goes first."""
 
-    def __init__(self) -> None:
-        self._floor = 0.0
-
-    def rank(self, worth: float) -> float:
-        return self._floor + worth
-
-    def raised(self, rank: float, worth: float) -> float:
-        return rank + worth
-
-    def evicted(self, rank: float) -> None:
-        self._floor = rank
+    def rank(self, candidate: "Candidate") -> float:
+        return candidate.worth
 
 
 class LeastRecentlyUsed:
     """The baseline: whatever was let go of first goes first, at any cost."""
 
-    def __init__(self) -> None:
-        self._releases = 0
-
-    def rank(self, worth: float) -> float:
-        self._releases += 1
-        return self._releases
-
-    def raised(self, rank: float, worth: float) -> float:
-        return rank
-
-    def evicted(self, rank: float) -> None:
-        """The order of release is all that counts."""
+    def rank(self, candidate: "Candidate") -> float:
+        return candidate.release
 
 
 class _State(Enum):
@@ -83,9 +55,8 @@ class Candidate(ABC):
 
     # The last launched step that may touch its pages.
     last_step: int = 0
-    # Requests that wanted it, older ones counting less, as of `demand_at` on the queue's clock.
-    demand: float = 0.0
-    demand_at: int = 0
+    # Number of the release that put it in line.
+    release: int = 0
     rank: float = 0.0
     # Of its one valid heap entry; 0 = none.
     ticket: int = 0
@@ -97,9 +68,12 @@ class Candidate(ABC):
         """Pages that an eviction gives."""
 
     @property
-    def expected_demand(self) -> float:
-        """What its demand so far lets expect, compared with other candidates."""
-        return self.demand
+    @abstractmethod
+    def worth(self) -> float:
+        """The logarithm of what a page of it saves: chance that a request wants it x seconds to bring it back.
+
+        On a scale where demand that is not renewed stands still.
+        """
 
     @property
     def exposed(self) -> bool:
@@ -123,24 +97,14 @@ class EvictionQueue:
         # last step -> candidates that wait for it
         self._cooling: dict[int, list[Candidate]] = {}
         self._completed_step = 0
-        # requests admitted
-        self._clock = 0
+        self._releases = 0
         # Pages that `pop` can give, one after the other.
         self.evictable_pages = 0
 
-    def tick(self) -> None:
-        """A request was admitted: what was wanted before counts a little less."""
-        self._clock += 1
-
-    def wanted(self, candidate: Candidate) -> None:
-        """A request needs the candidate."""
-        age = self._clock - candidate.demand_at
-        candidate.demand = candidate.demand * 0.5 ** (age / HALF_LIFE_REQUESTS) + 1.0
-        candidate.demand_at = self._clock
-
-    def add(self, candidate: Candidate, seconds: float) -> None:
-        """Nobody uses the candidate, which takes `seconds` to bring back; evictable once its last step is over."""
-        candidate.rank = self._policy.rank(candidate.expected_demand * seconds / candidate.num_pages)
+    def add(self, candidate: Candidate) -> None:
+        """Nobody uses the candidate; evictable once its last step is over."""
+        self._releases += 1
+        candidate.release = self._releases
         if candidate.last_step <= self._completed_step:
             self._make_evictable(candidate)
             return
@@ -158,11 +122,11 @@ class EvictionQueue:
         """The candidate was discarded for a moment only: it gets its place back."""
         self._make_evictable(candidate)
 
-    def defer(self, candidate: Candidate, seconds: float) -> None:
-        """Puts the candidate popped last back in line: to bring it back would take `seconds` more."""
-        worth = candidate.expected_demand * seconds / candidate.num_pages
-        candidate.rank = self._policy.raised(candidate.rank, worth)
-        self._make_evictable(candidate)
+    def look_again(self, candidate: Candidate) -> None:
+        """The candidate may be worth less than before."""
+        if candidate.evictable and candidate.exposed:
+            self._void(candidate)
+            self._push(candidate)
 
     def expose(self, candidate: Candidate) -> None:
         """The last thing that depended on the candidate is gone."""
@@ -181,10 +145,13 @@ class EvictionQueue:
         """Takes the next one out of the line. Raises IndexError when `evictable_pages` is 0."""
         while True:
             rank, ticket, candidate = heappop(self._heap)
-            if candidate.ticket == ticket:
-                self._policy.evicted(rank)
-                self.discard(candidate)
-                return candidate
+            if candidate.ticket != ticket:
+                continue
+            if self._policy.rank(candidate) > rank:
+                self.look_again(candidate)
+                continue
+            self.discard(candidate)
+            return candidate
 
     def check_integrity(self, candidates: Iterable[Candidate]) -> None:
         """Raises IntegrityError unless the line and its sum are what `candidates`, all there are, make them."""
@@ -209,6 +176,7 @@ class EvictionQueue:
         self._tickets += 1
         self._valid += 1
         candidate.ticket = self._tickets
+        candidate.rank = self._policy.rank(candidate)
         heappush(self._heap, (candidate.rank, candidate.ticket, candidate))
         if len(self._heap) > 2 * self._valid + _FEW_ENTRIES:
             self._heap = [entry for entry in self._heap if entry[2].ticket == entry[1]]

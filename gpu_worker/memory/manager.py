@@ -7,7 +7,8 @@ from common.packing import PackedLayout
 from gpu_worker.memory.adapter_cache import AdapterCache, AdapterInUseError, ResidentAdapter
 from gpu_worker.memory.allocator import PageAllocator, PageCounts, PageKind
 from gpu_worker.memory.costs import CostModel
-from gpu_worker.memory.eviction import EvictionPolicy, EvictionQueue, GreedyDual
+from gpu_worker.memory.demand import Demand
+from gpu_worker.memory.eviction import EvictionPolicy, EvictionQueue, LeastWorth
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.kv_cache import KVCache
 from gpu_worker.memory.prefix_cache import PrefixCache, PrefixPage
@@ -34,11 +35,12 @@ class MemoryManager:
         self.geometry = geometry
         self.num_pages = num_pages
         self.costs = CostModel()
-        self._queue = EvictionQueue(policy or GreedyDual())
+        self.demand = Demand()
+        self._queue = EvictionQueue(policy or LeastWorth())
         self._allocator = PageAllocator(num_pages)
-        self.prefixes = PrefixCache(self._allocator, self._queue, self.costs, geometry.page_size)
+        self.prefixes = PrefixCache(self._allocator, self._queue, self.costs, self.demand, geometry.page_size)
         self.kv = KVCache(geometry, self._allocator, self.prefixes)
-        self.adapters = AdapterCache(geometry, self._allocator, self._queue, self.costs)
+        self.adapters = AdapterCache(geometry, self._allocator, self._queue, self.costs, self.demand)
         self._changes: list[ResidencyChange] = []
         self._change_sequence = 0
         # Adapters and prefix pages whose pages were taken.
@@ -74,8 +76,8 @@ class MemoryManager:
             kept += resident.num_pages
         if need > self._allocator.num_free + self._queue.evictable_pages - kept:
             return False
-        self._queue.tick()
         self.kv.start(sequence_id, cached)
+        self.prefixes.passed(self.demand.admitted(adapter_version))
         if resident:
             self.adapters.acquire(resident)
         self._make_room(need)
@@ -102,7 +104,8 @@ class MemoryManager:
             return False
         if need > self._allocator.num_free and (keep is None or not self._make_room_beside(need, keep)):
             return False
-        self.adapters.foresee(self.adapters.add_loading(adapter_version, layout))
+        self.adapters.add_loading(adapter_version, layout)
+        self.demand.foresee(adapter_version)
         return True
 
     def grow(self, sequence_id: str, num_tokens: int) -> bool:
@@ -191,21 +194,10 @@ class MemoryManager:
             if isinstance(victim, ResidentAdapter):
                 self.evict(victim.adapter_version)
                 self.evictions += 1
-            elif isinstance(victim, PrefixPage) and not self._deferred(victim):
+            elif isinstance(victim, PrefixPage):
                 self.prefixes.evict(victim)
                 self.prefix_evictions += 1
         return True
-
-    def _deferred(self, page: PrefixPage) -> bool:
-        """Puts a page back in line, once, whose adapter left after it: to compute it again the adapter must come back.
-
-        Looked at when its turn comes, so that an adapter's eviction costs nothing for each page of its prefixes.
-        """
-        seconds = 0.0 if page.carries_reload else self.adapters.reload_seconds_per_page(page.adapter_version)
-        if seconds:
-            page.carries_reload = True
-            self._queue.defer(page, seconds)
-        return bool(seconds)
 
     def _make_room_beside(self, num_pages: int, keep: Collection[str]) -> bool:
         """`_make_room` that leaves the adapters of `keep` where they are."""

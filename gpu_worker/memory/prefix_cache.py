@@ -17,10 +17,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 from gpu_worker.memory.allocator import IntegrityError, PageAllocator, PageKind
 from gpu_worker.memory.costs import CostModel
+from gpu_worker.memory.demand import Demand, Requests, ReturnChances, next_class_at, worth
 from gpu_worker.memory.eviction import Candidate, EvictionQueue
 
 
@@ -42,6 +42,11 @@ class PrefixKeys:
             self.keys.append(self._parent)
 
 
+_NOBODYS = Requests()
+# A preempted sequence whom so many requests for its adapter overtook does not come back. The first age of a class.
+_PATIENCE = 31
+
+
 @dataclass(slots=True, eq=False)
 class PrefixPage(Candidate):
     """A full page of KV that others may hold too."""
@@ -49,23 +54,34 @@ class PrefixPage(Candidate):
     key: bytes
     page: int
     parent: "PrefixPage | None"
+    chances: ReturnChances
     # page tables that hold it
     references: int = 1
     # cached pages whose parent it is
     children: int = 0
-    # Of whoever let go of it last; empty for the base model.
-    adapter_version: str = ""
-    # Its place in line counts the reload of its adapter, which had left.
-    carries_reload: bool = False
+    # Those for the adapter of whoever let go of it last, and how many there were then.
+    requests: Requests = _NOBODYS
+    released_at: int = 0
+    # Whoever let go of it last was preempted and comes back.
+    returning: bool = False
+    # What it takes to compute it again with its adapter at hand.
+    seconds: float = 0.0
+    # Requests of its adapter after which it stands elsewhere in line; 0 = never.
+    due_at: int = 0
 
     @property
     def num_pages(self) -> int:
         return 1
 
     @property
-    def expected_demand(self) -> float:
-        """Hits so far promise fewer to come: a conversation ends, while an adapter's users stay."""
-        return sqrt(self.demand)
+    def age(self) -> int:
+        """Requests for its adapter since somebody let go of it."""
+        return self.requests.admitted - self.released_at
+
+    @property
+    def worth(self) -> float:
+        chance = 1.0 if self.returning and self.age < _PATIENCE else self.chances.of(self.age)
+        return worth(self.requests.level, chance * (self.seconds + self.requests.reload_seconds_per_page))
 
     @property
     def exposed(self) -> bool:
@@ -75,12 +91,18 @@ class PrefixPage(Candidate):
 class PrefixCache:
     """Pages by key. Those in a page table are `kv`, the others `prefix` and in the eviction queue."""
 
-    def __init__(self, allocator: PageAllocator, queue: EvictionQueue, costs: CostModel, page_size: int) -> None:
+    def __init__(
+        self, allocator: PageAllocator, queue: EvictionQueue, costs: CostModel, demand: Demand, page_size: int
+    ) -> None:
         self._allocator = allocator
         self._queue = queue
         self._costs = costs
+        self._demand = demand
         self._page_size = page_size
+        self._chances = ReturnChances()
         self._pages: dict[bytes, PrefixPage] = {}
+        # (requests, how many of them) -> pages of the line that stand elsewhere then
+        self._due: dict[tuple[Requests, int], dict[PrefixPage, None]] = {}
 
     def __iter__(self) -> Iterator[PrefixPage]:
         return iter(self._pages.values())
@@ -100,17 +122,16 @@ class PrefixCache:
         if twin := self._pages.get(key):
             self.acquire(twin)
             return twin
-        published = PrefixPage(key, page, parent)
+        published = PrefixPage(key, page, parent, self._chances)
         self._pages[key] = published
-        self._queue.wanted(published)
         if parent:
             parent.children += 1
         return published
 
     def acquire(self, page: PrefixPage) -> None:
         """One more table holds the page."""
-        self._queue.wanted(page)
         if not page.references:
+            self._settle(page, returned=True)
             self._queue.discard(page)
             self._allocator.relabel([page.page], PageKind.KV)
         page.references += 1
@@ -120,27 +141,36 @@ class PrefixCache:
     ) -> None:
         """A table lets go of its pages, computed with an adapter; launched step `last_step` may still touch them.
 
-        `returning`: the sequence was preempted and will want them again, which counts as demand.
+        `returning`: the sequence was preempted and will want them again.
         """
         seconds = self._costs.prefill_seconds_per_token * self._page_size
+        requests = self._demand.of(adapter_version)
         for page in reversed(pages):
             page.references -= 1
-            if returning:
-                self._queue.wanted(page)
             if page.references:
                 continue
             page.last_step = last_step
-            page.adapter_version, page.carries_reload = adapter_version, False
+            page.requests, page.released_at = requests, requests.admitted
+            page.seconds, page.returning = seconds, returning
             self._allocator.relabel([page.page], PageKind.PREFIX)
-            self._queue.add(page, seconds)
+            self._queue.add(page)
+            self._expect(page)
+
+    def passed(self, requests: Requests) -> None:
+        """One more request for an adapter was admitted: the pages that it did not want are less likely to be wanted."""
+        for page in self._due.pop((requests, requests.admitted), ()):
+            self._queue.look_again(page)
+            self._expect(page)
 
     def evict(self, page: PrefixPage) -> None:
         """Forgets an unreferenced page that has none behind it."""
         del self._pages[page.key]
+        self._settle(page, returned=False)
         if parent := page.parent:
             parent.children -= 1
             if parent.exposed:
                 self._queue.expose(parent)
+                self._expect(parent)
         self._allocator.free([page.page], page.last_step)
 
     def check_integrity(self, tables: Iterable[Sequence[PrefixPage]]) -> None:
@@ -154,3 +184,33 @@ class PrefixCache:
                 raise IntegrityError(f"{children[id(page)]} pages are behind page {page.page}, booked: {page.children}")
             if page.parent and self._pages.get(page.parent.key) is not page.parent:
                 raise IntegrityError(f"page {page.page} is behind one that is gone")
+        self._check_integrity_of_due()
+
+    def _check_integrity_of_due(self) -> None:
+        """Raises IntegrityError unless each page of the line, and no other, is looked at when its chance falls."""
+        line = {page for page in self if page.exposed and not page.references}
+        expected = {(page, page.released_at + later) for page in line if (later := next_class_at(page.age))}
+        due = {(page, number) for (requests, number), pages in self._due.items() for page in pages}
+        if due != expected or not all(self._due.values()):
+            raise IntegrityError(f"{len(due)} pages are looked at again, {len(expected)} should be")
+        if any(page.due_at for page in self if page.references):
+            raise IntegrityError("a page in use is looked at again")
+
+    def _expect(self, page: PrefixPage) -> None:
+        """Notes when a page of the line is to be looked at again."""
+        later = next_class_at(page.age) if page.exposed and not page.references else 0
+        page.due_at = page.released_at + later if later else 0
+        if page.due_at:
+            self._due.setdefault((page.requests, page.due_at), {})[page] = None
+
+    def _settle(self, page: PrefixPage, *, returned: bool) -> None:
+        """An unreferenced page is wanted or goes: what became of it is learned."""
+        # That a preempted sequence comes back says nothing of others.
+        if not page.returning:
+            self._chances.ended(page.age, returned=returned)
+        if page.due_at:
+            due = self._due[page.requests, page.due_at]
+            del due[page]
+            if not due:
+                del self._due[page.requests, page.due_at]
+            page.due_at = 0

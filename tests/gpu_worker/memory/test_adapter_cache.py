@@ -6,7 +6,8 @@ from common.packing import MODULE_INDEX, ModuleSpec, plan
 from gpu_worker.memory.adapter_cache import AdapterCache, AdapterInUseError, ModuleTable, ResidentAdapter
 from gpu_worker.memory.allocator import OutOfPagesError, PageAllocator, PageKind
 from gpu_worker.memory.costs import CostModel
-from gpu_worker.memory.eviction import EvictionQueue, GreedyDual
+from gpu_worker.memory.demand import Demand
+from gpu_worker.memory.eviction import EvictionQueue, LeastWorth
 from tests.gpu_worker.support import SMALL_PAGES, layout_of_pages
 
 NUM_PAGES = 10
@@ -19,12 +20,12 @@ def allocator() -> PageAllocator:
 
 @pytest.fixture
 def queue() -> EvictionQueue:
-    return EvictionQueue(GreedyDual())
+    return EvictionQueue(LeastWorth())
 
 
 @pytest.fixture
 def cache(allocator: PageAllocator, queue: EvictionQueue) -> AdapterCache:
-    return AdapterCache(SMALL_PAGES, allocator, queue, CostModel())
+    return AdapterCache(SMALL_PAGES, allocator, queue, CostModel(), Demand())
 
 
 def load(cache: AdapterCache, name: str, num_pages: int = 2) -> ResidentAdapter:
@@ -109,33 +110,6 @@ def test_removed_pages_wait_for_the_step_that_reads_them(cache: AdapterCache, al
     cache.touch("a", step=1)
     cache.remove("a")
     assert allocator.counts().quarantined == 2
-
-
-def test_an_adapter_that_comes_back_is_still_known_to_be_wanted(cache: AdapterCache) -> None:
-    for _ in range(3):
-        adapter = load(cache, "a")
-        cache.acquire(adapter)
-        cache.release(adapter)
-        cache.remove("a")
-    assert load(cache, "a").demand == 3.0
-
-
-def test_a_request_that_was_foreseen_counts_once(cache: AdapterCache) -> None:
-    adapter = load(cache, "a")
-    cache.foresee(adapter)
-    assert adapter.demand == 1.0
-    for demand in (1.0, 2.0):
-        cache.acquire(adapter)
-        assert adapter.demand == demand
-
-
-def test_a_request_that_was_foreseen_and_comes_too_late_counts_once(cache: AdapterCache) -> None:
-    cache.foresee(load(cache, "a"))
-    cache.remove("a")
-    adapter = load(cache, "a")
-    assert adapter.demand == 0.0
-    cache.acquire(adapter)
-    assert adapter.demand == 1.0
 
 
 def test_a_used_adapter_is_not_removed(cache: AdapterCache) -> None:

@@ -19,18 +19,20 @@ SETTINGS = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-# Who goes first, not who owns what: test_eviction.py and test_adapter_cache.py are about these.
-ORDER = ("GreedyDual.", "LeastRecentlyUsed.", "EvictionQueue.tick", "EvictionQueue.wanted", "CostModel.")
+# Who goes first, not who owns what: test_eviction.py and test_demand.py are about these.
+ORDER = ("LeastWorth.", "LeastRecentlyUsed.", "CostModel.", "PrefixPage.worth", "ResidentAdapter.worth")
 EXEMPT = {
-    "PrefixCache.publish: self._queue.wanted(published)": "order",
-    "PrefixCache.acquire: self._queue.wanted(page)": "order",
-    "PrefixCache.release: if returning:": "order",
-    "PrefixCache.release: self._queue.wanted(page)": "order",
-    "PrefixCache.release: page.adapter_version, page.carries_reload = (adapter_version, False)": "order",
-    "EvictionQueue.add: candidate.rank = "
-    "self._policy.rank(candidate.expected_demand * seconds / candidate.num_pages)": "order",
-    "EvictionQueue.defer: candidate.rank = self._policy.raised(candidate.rank, worth)": "order",
-    "EvictionQueue.pop: self._policy.evicted(rank)": "order",
+    "PrefixCache.release: page.seconds, page.returning = (seconds, returning)": "order",
+    "PrefixCache.release: page.requests, page.released_at = (requests, requests.admitted)": "order",
+    "PrefixCache.passed: self._queue.look_again(page)": "order",
+    "PrefixCache._settle: if not page.returning:": "order",
+    "PrefixCache._settle: self._chances.ended(page.age, returned=returned)": "order",
+    "EvictionQueue.add: self._releases += 1": "order",
+    "EvictionQueue.add: candidate.release = self._releases": "order",
+    "EvictionQueue.look_again: self._void(candidate)": "another ticket voids the entry too; `_valid` bounds the sweep",
+    "EvictionQueue.pop: if self._policy.rank(candidate) > rank:": "order",
+    "EvictionQueue.pop: continue (2)": "order",
+    "EvictionQueue._push: candidate.rank = self._policy.rank(candidate)": "order",
     "EvictionQueue.restore: self._make_evictable(candidate)": "rare in the machine; test_eviction.py",
     "EvictionQueue._push: self._valid += 1": "when void entries are swept out",
     "EvictionQueue._push: if len(self._heap) > 2 * self._valid + _FEW_ENTRIES:": "when void entries are swept out",
@@ -39,23 +41,12 @@ EXEMPT = {
     "EvictionQueue._void: self._valid -= 1": "when void entries are swept out",
     "AdapterCache.__len__: return len(self._adapters)": "a reader",
     "AdapterCache.add_loading: self._loads += 1": "the runner's key for its tables",
-    "AdapterCache.add_loading: adapter.demand, adapter.demand_at, _ = "
-    "self._remembered.pop(adapter_version, (0.0, 0, 0))": "order",
-    "AdapterCache.reload_seconds_per_page: if adapter_version not in self._remembered:": "order",
-    "AdapterCache.reload_seconds_per_page: return 0.0": "order",
-    "AdapterCache.reload_seconds_per_page: num_bytes = self._remembered[adapter_version][2]": "order",
-    "AdapterCache.reload_seconds_per_page: return self._costs.load_seconds(adapter_version, num_bytes) / "
-    "self._geometry.pages_for_bytes(num_bytes)": "order",
-    "AdapterCache.foresee: self._queue.wanted(adapter)": "order",
-    "AdapterCache.foresee: adapter.foreseen = True": "order",
-    "AdapterCache.acquire: if not adapter.foreseen:": "order",
-    "AdapterCache.acquire: self._queue.wanted(adapter)": "order",
-    "AdapterCache.acquire: adapter.foreseen = False": "order",
-    "AdapterCache.remove: demand = max(0.0, adapter.demand - adapter.foreseen)": "order",
-    "AdapterCache.remove: self._remembered[adapter_version] = "
-    "(demand, adapter.demand_at, adapter.layout.total_bytes)": "order",
-    "AdapterCache.remove: if len(self._remembered) > MAX_KNOWN_ADAPTERS:": "a bound on what is remembered",
-    "AdapterCache.remove: self._remembered.popitem(last=False)": "a bound on what is remembered",
+    "AdapterCache.add_loading: requests.reload_seconds_per_page = 0.0": "order",
+    "AdapterCache.remove: adapter.requests.withdraw()": "order",
+    "AdapterCache.remove: adapter.requests.reload_seconds_per_page = self._load_seconds(adapter) / adapter.num_pages": (
+        "order"
+    ),
+    "AdapterCache._rest: adapter.seconds = self._load_seconds(adapter)": "order",
     "AdapterCache.remove: return adapter": "a convenience for tests",
 }
 MODULES = (allocator, kv_cache, prefix_cache, eviction, adapter_cache)

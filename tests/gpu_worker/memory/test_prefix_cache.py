@@ -3,7 +3,7 @@
 import pytest
 
 from gpu_worker.memory.manager import MemoryManager
-from gpu_worker.memory.prefix_cache import PrefixKeys, PrefixPage
+from gpu_worker.memory.prefix_cache import PrefixKeys
 from tests.gpu_worker.support import SMALL_PAGES, layout_of_pages
 
 NUM_PAGES = 10
@@ -215,7 +215,91 @@ def test_prefix_pages_and_adapters_stand_in_one_line(memory: MemoryManager) -> N
     assert seen == [({"dear"}, 4), ({"dear"}, 0)]
 
 
-def test_many_hits_of_a_page_promise_less_than_as_many() -> None:
-    page = PrefixPage(b"key", 0, None)
-    page.demand = 9.0
-    assert page.expected_demand == 3.0
+def leave_page(memory: MemoryManager, adapter: str, key: bytes, requests: int = 1) -> None:
+    """One page under an adapter that `requests` requests wanted, the last of which has just let go of it."""
+    layout = layout_of_pages(1) if adapter else None
+    for number in range(requests):
+        assert memory.admit(str(number), PAGE + 1, adapter, layout, [key])
+        if adapter and not number:
+            memory.finish_loading(adapter, 1e-6)
+        memory.publish(str(number), [key])
+    for number in range(requests):
+        memory.release(str(number), adapter, 0)
+
+
+def pass_by(memory: MemoryManager, adapter: str, requests: int = 1) -> None:
+    """Requests that find nothing of what there is and leave no page."""
+    for _ in range(requests):
+        assert memory.admit("passing", 1, adapter, layout_of_pages(1) if adapter else None)
+        memory.release("passing", adapter, 0)
+
+
+def first_to_go(memory: MemoryManager) -> set[bytes]:
+    """Prefix pages that one page more costs."""
+    before = {page.key for page in memory.prefixes}
+    assert memory.grow("taker", memory.kv.room("taker") + 1)
+    return before - {page.key for page in memory.prefixes}
+
+
+@pytest.fixture
+def full(memory: MemoryManager) -> MemoryManager:
+    """All of the pool is taken but 6 pages: for two adapters, two pages of prefixes, and two to run with."""
+    assert memory.admit("taker", (NUM_PAGES - 6) * PAGE, "", None)
+    return memory
+
+
+def fill_up(memory: MemoryManager) -> None:
+    """Nothing is free, and nothing yields but prefixes."""
+    for adapter in list(memory.adapters):
+        memory.adapters.set_operator_pin(adapter.adapter_version, pinned=True)
+    assert memory.grow("taker", memory.kv.room("taker") + memory.counts().free * PAGE)
+
+
+def test_of_two_adapters_pages_the_less_wanted_ones_goes_first(full: MemoryManager) -> None:
+    leave_page(full, "often", b"often", requests=2)
+    leave_page(full, "rarely", b"rarely")
+    fill_up(full)
+    assert first_to_go(full) == {b"rarely"}
+
+
+@pytest.mark.parametrize(("requests", "gone"), [(0, b"other"), (1, b"passed"), (7, b"passed")])
+def test_what_its_own_adapters_requests_pass_by_goes_first(full: MemoryManager, requests: int, gone: bytes) -> None:
+    """Although the adapter itself is wanted ever more: half of the pages come back at once, the others never."""
+    leave_page(full, "a", b"passed", requests=2)
+    leave_page(full, "b", b"other")
+    for _ in range(1000):
+        full.prefixes._chances.ended(0, returned=True)
+        full.prefixes._chances.ended(14, returned=False)
+    pass_by(full, "a", requests)
+    fill_up(full)
+    assert first_to_go(full) == {gone}
+
+
+def test_requests_for_others_make_a_page_no_older(full: MemoryManager) -> None:
+    leave_page(full, "a", b"a", requests=2)
+    leave_page(full, "b", b"b")
+    pass_by(full, "", requests=7)
+    fill_up(full)
+    assert first_to_go(full) == {b"b"}
+
+
+def test_what_became_of_pages_is_learned(memory: MemoryManager) -> None:
+    """Wanted again by the next request, each of them: then by as good as every one."""
+    before = memory.prefixes._chances.of(0)
+    for _ in range(100):
+        leave(memory, "s", KEYS)
+    wanted = memory.prefixes._chances.of(0)
+    for number in range(100):
+        leave(memory, "s", keys_of([1000 + number] * 4 * PAGE))
+    assert before < 0.6 < 0.9 < wanted
+    assert memory.prefixes._chances.of(0) < 0.9
+
+
+def test_a_preempted_sequence_is_not_waited_for_without_end(memory: MemoryManager) -> None:
+    compute(memory, "preempted", KEYS)
+    memory.release("preempted", "", 0, returning=True)
+    pass_by(memory, "", requests=40)
+    finished = keys_of([50] * 4 * PAGE)
+    leave(memory, "finished", finished)
+    memory.admit("large", 6 * PAGE, "", None)
+    assert (memory.cached_tokens(KEYS), memory.cached_tokens(finished)) == (0, 4 * PAGE)

@@ -57,6 +57,10 @@ class ForwardBatch:
     # the same indices on the CPU, where they were uploaded from there; attention libraries plan with them
     host: HostIndices | None = None
 
+    def fed_token_ids(self) -> Tensor:
+        """`token_ids` with those of `feed`."""
+        return self.token_ids if self.feed is None else self.feed.into(self.token_ids)
+
 
 class Forward(Protocol):
     """What runs a batch: a decoder, or what stands before one on a GPU."""

@@ -126,7 +126,8 @@ class ModelRunner:
         device, tensors = self._pool.bytes.device, list[torch.Tensor]()
         with torch.inference_mode():
             pending = self._pending(job, device)
-            logits = self._model.forward(replace(job.batch, feed=self._feed(job, device)))
+            feed = self._feed(job, device)
+            logits = self._model.forward(replace(job.batch, feed=feed) if feed else job.batch)
             forwarded = Mark(device)
             drawn_rows = logits
             if len(wanted.drawn_rows) < len(logits):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpu_worker.logit_changes import LogitChanges, changes
 from gpu_worker.sequence import SamplingParams, Sequence
-from gpu_worker.transfer import upload
+from gpu_worker.transfer import on_host, upload
 
 Floats = npt.NDArray[np.float64]
 
@@ -99,9 +99,7 @@ class SamplingPlan:
         """Tokens of `logits [num_rows, vocab_size]`. `pending [num_rows, 1]` are tokens that the step before drew and
         the plan does not know, the id behind the vocabulary where there is none."""
         adjusted = logits if self.changes is None else self.changes.apply(logits, pending)
-        tokens = adjusted.argmax(dim=-1)
-        # NaN counts as the largest.
-        finite = adjusted.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
+        tokens, finite = _largest(adjusted)
         for part in self.random:
             tokens.index_copy_(0, upload(part.rows, logits.device), part.draw(adjusted))
         return Drawn(tokens, finite)
@@ -122,6 +120,17 @@ def uniform(seed: int, position: int) -> float:
     The same (seed, position) draws the same token alone or in a crowd, resumed or not.
     """
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[num_rows]` each: the first place of each row's largest logit, NaN counting as the largest; is it finite?"""
+    if on_host(logits):
+        # torch wakes its threads for it, which takes ten times as long as numpy needs
+        rows = logits.numpy()
+        places = rows.argmax(axis=1)
+        return torch.from_numpy(places), torch.from_numpy(np.isfinite(rows[np.arange(len(rows)), places]))
+    tokens = logits.argmax(dim=-1)
+    return tokens, logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite()
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -14,6 +14,11 @@ def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def on_host(tensor: Tensor) -> bool:
+    """numpy can read it here and now."""
+    return tensor.is_cpu
+
+
 def padded(rows: Sequence[Sequence[int]], padding: int, width: int = 0) -> npt.NDArray[np.int64]:
     """`[len(rows), longest row or width]` int64; entries behind a row's end are `padding`."""
     table = np.full((len(rows), max(width, *(len(row) for row in rows))), padding, np.int64)

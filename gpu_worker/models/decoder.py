@@ -8,13 +8,14 @@ from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.rope import cos_sin_table
 from gpu_worker.models.weights import DecoderWeights, LayerWeights, Projection
 from kernels.cpu.launch import settle, together
-from kernels.linear import embedding, linear
+from kernels.linear import linear
 from kernels.lora_expand import lora_expand
 from kernels.lora_shrink import lora_shrink
 from kernels.paged_attention import paged_attention
 from kernels.rms_norm import rms_norm
 from kernels.silu_and_mul import silu_and_mul
 from kernels.store_kv import store_kv
+from kernels.take_rows import take_rows
 
 # Module numbers of `kernels.adapters.AdapterTables`.
 QKV, OUTPUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
@@ -35,36 +36,24 @@ class Decoder:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits `[num_logits, vocab]` float32 of the batch's `logit_rows`; writes this step's keys and values."""
         with together():
-            x, residual = self.layers(self.embed(batch), batch)
-        return self.head(x, residual, batch.logit_rows)
+            logits = self.operations(batch.fed_token_ids(), batch)
+        return logits.to(torch.float32)
 
-    def embed(self, batch: ForwardBatch) -> Tensor:
-        """`[num_tokens, hidden]`."""
-        token_ids = batch.token_ids if batch.feed is None else batch.feed.into(batch.token_ids)
-        return embedding(token_ids, self.weights.embedding)
+    def operations(self, token_ids: Tensor, batch: ForwardBatch) -> Tensor:
+        """Logits `[num_logits, vocab]`, in the model's dtype, of a batch whose tokens are `token_ids`.
 
-    def layers(self, x: Tensor, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """The last layer's output and the residual stream to add, `[num_tokens, hidden]` each, of the embedded tokens.
-
-        Reads the sizes and addresses of `batch`, never a value: `RecordedDecoder` runs it for batches without any.
+        Reads the sizes and addresses of a batch, never a value: `RecordedDecoder` runs it for batches without any.
         """
-        eps = self.config.rms_norm_eps
-        residual = None
+        eps, rows = self.config.rms_norm_eps, batch.logit_rows
+        x, residual = take_rows(self.weights.embedding, token_ids), None
         for index, layer in enumerate(self.weights.layers):
             x, residual = rms_norm(x, layer.input_norm, eps, residual)
             x = self._attention(x, layer, index, batch)
             x, residual = rms_norm(x, layer.post_attention_norm, eps, residual)
             x = _mlp(x, layer, index, batch)
         assert residual is not None
-        return x, residual
-
-    def head(self, x: Tensor, residual: Tensor, rows: Tensor) -> Tensor:
-        """Logits `[num_logits, vocab]` float32 of `rows [num_logits]`."""
-        x, residual = x[rows], residual[rows]
-        with together():
-            x, _ = rms_norm(x, self.weights.final_norm, self.config.rms_norm_eps, residual)
-            logits = linear(x, self.weights.lm_head)
-        return logits.to(torch.float32)
+        x, _ = rms_norm(take_rows(x, rows), self.weights.final_norm, eps, take_rows(residual, rows))
+        return linear(x, self.weights.lm_head)
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: ForwardBatch) -> Tensor:
         head_dim = self.config.geometry.head_dim

@@ -1,4 +1,4 @@
-"""The decoder with its layers recorded: what Python does for each operation is done once and not in every step."""
+"""The decoder recorded: what Python does for each operation is done once and not in every step."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,8 +15,10 @@ from kernels.cpu import tables
 from kernels.cpu.launch import NotRecordableError, written_down
 from kernels.cpu.recording import Recording, Take
 
-# Tokens, sequences, pages of a sequence and segments of the stand-in batches: no two pairs are alike.
-_SIZES = (2, 3, 5, 7), (3, 5, 7, 11)
+# Tokens, rows of logits, sequences, pages of a sequence and segments of the stand-in batches: no two pairs are alike.
+_SIZES = (2, 11, 3, 5, 7), (3, 13, 5, 7, 11)
+# Places of the first two among the values.
+_COUNTS = 0, 1
 
 
 class RecordedDecoder:
@@ -40,15 +42,18 @@ class RecordedDecoder:
         if recorded is None:
             return self._decoder.forward(batch)
         recording, calls = recorded
-        x = self._decoder.embed(batch).contiguous()
-        x, residual = recording.run(len(x), _values(x, batch), self._room(len(x) * recording.token_bytes))
+        token_ids = batch.fed_token_ids()
+        (logits,) = recording.run(_values(token_ids, batch), self._rooms(recording, batch))
         dispatch.calls.update(calls)
-        return self._decoder.head(x, residual, batch.logit_rows)
+        return logits
 
-    def _room(self, num_bytes: int) -> Tensor:
+    def _rooms(self, recording: Recording, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """One that is kept, and one that the logits keep as long as somebody wants them."""
+        token_bytes, logit_bytes = recording.row_bytes
+        num_bytes = len(batch.token_ids) * token_bytes
         if self._arena.nbytes < num_bytes:
             self._arena = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._arena
+        return self._arena, torch.empty(len(batch.logit_rows) * logit_bytes, dtype=torch.uint8)
 
     def _recorded(self, batch: ForwardBatch) -> tuple[Recording, Counter[tuple[str, str]]] | None:
         known = self._constants
@@ -71,10 +76,12 @@ class RecordedDecoder:
         finally:
             dispatch.calls.subtract(dispatch.calls - before)
 
-    def _take(self, batch: ForwardBatch, tokens: int, sequences: int, pages: int, segments: int) -> Take:
-        """What the layers do with a batch of such sizes and of the constants of `batch`."""
+    def _take(self, batch: ForwardBatch, tokens: int, logits: int, sequences: int, pages: int, segments: int) -> Take:
+        """What the decoder does with a batch of such sizes and of the constants of `batch`."""
         stand_in = replace(
             batch,
+            token_ids=batch.token_ids.new_empty(tokens),
+            logit_rows=batch.logit_rows.new_empty(logits),
             positions=batch.positions.new_empty(tokens),
             slot_mapping=batch.slot_mapping.new_empty(tokens),
             page_table=batch.page_table.new_empty(sequences, pages),
@@ -86,16 +93,17 @@ class RecordedDecoder:
             # another object has another structure
             adapters=None if batch.adapters is None else replace(batch.adapters),
         )
-        x = torch.empty(tokens, self._decoder.config.geometry.hidden_size, dtype=self.dtype)
         with written_down() as operations:
-            results = self._decoder.layers(x, stand_in)
-        return Take(operations, tokens, _values(x, stand_in), results)
+            found = self._decoder.operations(stand_in.token_ids, stand_in)
+        return Take(operations, _values(stand_in.token_ids, stand_in), _COUNTS, (found,))
 
 
-def _values(x: Tensor, batch: ForwardBatch) -> tuple[int, ...]:
-    """What an operation may be told of a batch of the embedded tokens `x` and is not the same for all."""
-    indices = (batch.positions, batch.slot_mapping, batch.page_table, batch.query_start, batch.context_lens)
-    values = (len(x), *batch.page_table.shape, x.data_ptr(), *(tensor.data_ptr() for tensor in indices))
+def _values(token_ids: Tensor, batch: ForwardBatch) -> tuple[int, ...]:
+    """What an operation may be told of a batch whose tokens are `token_ids` and is not the same for all."""
+    sizes = len(token_ids), len(batch.logit_rows), *batch.page_table.shape
+    slots = batch.slot_mapping, batch.page_table, batch.query_start, batch.context_lens
+    indices = token_ids, batch.logit_rows, batch.positions, *slots
+    values = (*sizes, *(tensor.data_ptr() for tensor in indices))
     if batch.adapters is None:
         return values
     segments = batch.segments

@@ -74,12 +74,12 @@ extern "C" void loraplex_run(const Call* calls, int64_t count, int threads) {
 // kernels.cpu.recording: a word of an operation's arguments that is another for each batch.
 struct Patch {
   int64_t* word;
-  int64_t source, per_token, offset;  // word = values[source] + tokens * per_token + offset
+  int64_t source, count, per_row, offset;  // word = values[source] + values[count] * per_row + offset
 };
 
-extern "C" void loraplex_replay(const Patch* patches, int64_t num_patches, const int64_t* values, int64_t tokens,
-                                const Call* calls, int64_t num_calls, int threads) {
+extern "C" void loraplex_replay(const Patch* patches, int64_t num_patches, const int64_t* values, const Call* calls,
+                                int64_t num_calls, int threads) {
   for (const Patch* patch = patches; patch != patches + num_patches; ++patch)
-    *patch->word = values[patch->source] + tokens * patch->per_token + patch->offset;
+    *patch->word = values[patch->source] + values[patch->count] * patch->per_row + patch->offset;
   loraplex_run(calls, num_calls, threads);
 }

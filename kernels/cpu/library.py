@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
             problem = f"the compiled CPU kernels do not load: {error}"
         else:
             found.loraplex_run.argtypes, found.loraplex_run.restype = [c_void_p, c_int64, c_int], None
-            found.loraplex_replay.argtypes = [*(c_void_p, c_int64) * 3, c_int]
+            found.loraplex_replay.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int]
             found.loraplex_replay.restype = None
             return found
     _log.warning("%s; the plain torch kernels are used, several times slower", problem)

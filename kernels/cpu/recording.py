@@ -5,8 +5,8 @@ are written down once, without running, for two stand-in batches, and compared w
 that is the same for both is a constant: a size of the model, the address of a weight. One that differs is a value of
 the batch, or points into what an operation writes. Nothing else can be recorded.
 
-What operations write lies in one arena, each at so many bytes a token, in room that is used again as soon as nobody
-reads it any more.
+What operations write has so many bytes for each of what the batch has a number of: its tokens, or its rows of logits.
+Each kind lies in an arena of its own, in room that is used again as soon as nobody reads it any more.
 """
 
 import ctypes
@@ -29,27 +29,32 @@ class Take:
     """What was written down for a stand-in batch.
 
     `values` are the numbers and addresses that are others for each batch: every pair of them, of two takes, is unlike
-    every other pair. `results` are what is wanted of it all.
+    every other pair. `counts` are the places among them of numbers of rows: what an operation writes has one of these.
+    `results` are what is wanted of it all.
     """
 
     operations: list[Operation]
-    tokens: int
     values: tuple[int, ...]
+    counts: tuple[int, ...]
     results: tuple[Tensor, ...]
 
 
 class _Patch(ctypes.Structure):
-    _fields_ = (("word", c_void_p), *((name, c_int64) for name in ("source", "per_token", "offset")))
+    _fields_ = (("word", c_void_p), *((name, c_int64) for name in ("source", "count", "per_row", "offset")))
 
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """What an operation writes: where it lay in both takes, the stages that need it, its place in the arena."""
+    """What an operation writes: where it lay in both takes, the stages that need it, its place in its arena.
+
+    `kind` is the place of its number of rows among the counts; `row_bytes` and `place` are bytes a row.
+    """
 
     address: int
     other_address: int
     num_bytes: int
-    token_bytes: int
+    kind: int
+    row_bytes: int
     first: int
     last: int
     place: int = 0
@@ -67,15 +72,15 @@ class _Word:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """`[tokens, *shape]`."""
+    """`[rows, *shape]`."""
 
     buffer: _Buffer
     dtype: torch.dtype
     shape: torch.Size
 
-    def of(self, tokens: int, arena: Tensor) -> Tensor:
-        num_bytes = tokens * self.shape.numel() * self.dtype.itemsize
-        return arena.narrow(0, tokens * self.buffer.place, num_bytes).view(self.dtype).view(tokens, *self.shape)
+    def of(self, rows: int, arena: Tensor) -> Tensor:
+        num_bytes = rows * self.shape.numel() * self.dtype.itemsize
+        return arena.narrow(0, rows * self.buffer.place, num_bytes).view(self.dtype).view(rows, *self.shape)
 
 
 class Recording:
@@ -95,33 +100,39 @@ class Recording:
             _Result(buffers.find(tensor.data_ptr(), twin.data_ptr(), stages[-1])[0], tensor.dtype, tensor.shape[1:])
             for tensor, twin in zip(one.results, other.results, strict=True)
         ]
-        self.token_bytes = buffers.lay_out()
+        # Bytes of each arena for one of its count.
+        self.row_bytes = buffers.lay_out()
+        self._counts = one.counts
         self._words, self._calls = _program(one.operations)
         patches = []
         for word in words:
-            source, place, offset = sources.get(_pair(word), len(sources)), 0, 0
+            patch = sources.get(_pair(word), 0), 0, 0, 0
             if word in found:
                 buffer, offset = found[word]
-                place = buffer.place
-            patches.append(_Patch(ctypes.addressof(self._words) + word.index * _WORD, source, place, offset))
+                patch = len(sources) + buffer.kind, one.counts[buffer.kind], buffer.place, offset
+            patches.append(_Patch(ctypes.addressof(self._words) + word.index * _WORD, *patch))
         self._patches = (_Patch * len(patches))(*patches)
-        self._values = (c_int64 * (len(sources) + 1))()
+        self._values = (c_int64 * (len(sources) + len(one.counts)))()
 
-    def run(self, tokens: int, values: Sequence[int], arena: Tensor) -> tuple[Tensor, ...]:
-        """The results for a batch; they are views of `arena`, which has `tokens * token_bytes` bytes or more."""
-        self._values[:] = [*values, arena.data_ptr()]
+    def run(self, values: Sequence[int], arenas: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The results for a batch: views of `arenas`, which have `row_bytes` for each of their counts, or more."""
+        self._values[:] = [*values, *(arena.data_ptr() for arena in arenas)]
         kernels().loraplex_replay(
-            *(self._patches, len(self._patches), self._values, tokens),
+            *(self._patches, len(self._patches), self._values),
             *(self._calls, len(self._calls), torch.get_num_threads()),
         )
-        return tuple(result.of(tokens, arena) for result in self._results)
+        kinds = (result.buffer.kind for result in self._results)
+        return tuple(
+            result.of(values[self._counts[kind]], arenas[kind])
+            for result, kind in zip(self._results, kinds, strict=True)
+        )
 
 
 class _Buffers:
     """All that the operations write."""
 
     def __init__(self, one: Take, other: Take) -> None:
-        self._tokens = one.tokens, other.tokens
+        self._counts = [(one.values[count], other.values[count]) for count in one.counts]
         self._addresses: list[int] = []
         self._buffers: dict[int, _Buffer] = {}
         values = set(zip(one.values, other.values, strict=True))
@@ -134,13 +145,18 @@ class _Buffers:
                     self._add(tensor, same)
 
     def _add(self, tensor: Tensor, same: Tensor) -> None:
-        token_bytes, rest = divmod(tensor.nbytes, self._tokens[0])
-        if rest or same.nbytes != token_bytes * self._tokens[1]:
-            raise NotRecordableError
-        padded = -(-token_bytes // _ALIGNMENT) * _ALIGNMENT
-        address = tensor.data_ptr()
-        self._buffers[address] = _Buffer(address, same.data_ptr(), tensor.nbytes, padded, first=1 << 60, last=0)
+        address, (kind, row_bytes) = tensor.data_ptr(), self._kind(tensor.nbytes, same.nbytes)
+        padded = -(-row_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._buffers[address] = _Buffer(address, same.data_ptr(), tensor.nbytes, kind, padded, first=1 << 60, last=0)
         insort(self._addresses, address)
+
+    def _kind(self, num_bytes: int, other_bytes: int) -> tuple[int, int]:
+        """What there is a number of, and the bytes for each."""
+        for kind, (count, other_count) in enumerate(self._counts):
+            row_bytes = num_bytes // count
+            if (num_bytes, other_bytes) == (row_bytes * count, row_bytes * other_count):
+                return kind, row_bytes
+        raise NotRecordableError
 
     def _holding(self, address: int) -> _Buffer | None:
         index = bisect_right(self._addresses, address)
@@ -155,25 +171,31 @@ class _Buffers:
         buffer.first, buffer.last = min(buffer.first, stage), max(buffer.last, stage)
         return buffer, value - buffer.address
 
-    def lay_out(self) -> int:
-        """Gives every buffer its place; returns the arena's size. All in bytes a token."""
-        sizes: list[int] = []
-        lasts: list[int] = []
-        slots: dict[_Buffer, int] = {}
-        for buffer in sorted(self._buffers.values(), key=lambda buffer: buffer.first):
-            free = [slot for slot, last in enumerate(lasts) if last < buffer.first]
-            if not free:
-                free = [len(sizes)]
-                sizes.append(0)
-                lasts.append(0)
-            # the smallest that has room, or the one that grows least
-            slot = min(free, key=lambda slot: (sizes[slot] < buffer.token_bytes, abs(sizes[slot] - buffer.token_bytes)))
-            sizes[slot], lasts[slot] = max(sizes[slot], buffer.token_bytes), buffer.last
-            slots[buffer] = slot
-        places = [0, *accumulate(sizes)]
-        for buffer, slot in slots.items():
-            buffer.place = places[slot]
-        return places[-1]
+    def lay_out(self) -> tuple[int, ...]:
+        """Gives every buffer its place; returns the arenas' sizes. All in bytes a row."""
+        kinds = range(len(self._counts))
+        return tuple(_lay_out([each for each in self._buffers.values() if each.kind == kind]) for kind in kinds)
+
+
+def _lay_out(buffers: list[_Buffer]) -> int:
+    """Places of buffers of one kind, and the size of their arena."""
+    sizes: list[int] = []
+    lasts: list[int] = []
+    slots: dict[_Buffer, int] = {}
+    for buffer in sorted(buffers, key=lambda buffer: buffer.first):
+        free = [slot for slot, last in enumerate(lasts) if last < buffer.first]
+        if not free:
+            free = [len(sizes)]
+            sizes.append(0)
+            lasts.append(0)
+        # the smallest that has room, or the one that grows least
+        slot = min(free, key=lambda slot: (sizes[slot] < buffer.row_bytes, abs(sizes[slot] - buffer.row_bytes)))
+        sizes[slot], lasts[slot] = max(sizes[slot], buffer.row_bytes), buffer.last
+        slots[buffer] = slot
+    places = [0, *accumulate(sizes)]
+    for buffer, slot in slots.items():
+        buffer.place = places[slot]
+    return places[-1]
 
 
 def _pair(word: _Word) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """linear: the product with a base weight."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
@@ -9,7 +8,7 @@ from kernels.linear import cpu
 from kernels.linear.packed import PackedWeight, pack
 from kernels.linear.reference import linear_reference
 
-__all__ = ["PackedWeight", "Weight", "as_rows", "embedding", "linear", "pack", "prepare"]
+__all__ = ["PackedWeight", "Weight", "as_rows", "linear", "pack", "prepare"]
 
 # [out_features, in_features], as rows or in panels
 Weight = Tensor | PackedWeight
@@ -25,11 +24,6 @@ def prepare(weight: Weight) -> Weight:
 def as_rows(weight: Weight) -> Tensor:
     """`[out_features, in_features]`; a copy when it is packed."""
     return weight.unpacked() if isinstance(weight, PackedWeight) else weight
-
-
-def embedding(indices: Tensor, weight: Weight) -> Tensor:
-    """`[num_tokens, in_features]`: the rows of the weight at indices `[num_tokens]` int64."""
-    return weight.rows(indices) if isinstance(weight, PackedWeight) else F.embedding(indices, weight)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -31,10 +31,6 @@ class PackedWeight:
         """`[out_features, in_features]`, a copy."""
         return self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features].contiguous()
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """`[len(indices), in_features]`: those rows of the weight, as an embedding wants them."""
-        return self.panels[indices // PANEL, :, indices % PANEL]
-
 
 def pack(weight: Tensor) -> PackedWeight:
     """Packs `[out_features, in_features]`.

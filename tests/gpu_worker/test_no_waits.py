@@ -80,6 +80,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device(FakeTensorMode(allow_non_fake_inputs=True))
     for module in (logit_changes, model_runner, sampler):
         monkeypatch.setattr(module, "upload", found.upload)
+    monkeypatch.setattr(sampler, "on_host", lambda tensor: False)
     monkeypatch.setattr(model_runner, "Download", found.download)
     monkeypatch.setattr(model_runner, "Mark", Mark)
     return found

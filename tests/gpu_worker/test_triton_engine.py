@@ -58,7 +58,8 @@ def test_every_kernel_serves_base_and_adapters_in_one_batch(tmp_path: Path) -> N
             driver.offer(version or "base", prompt, version, max_tokens=MAX_TOKENS)
         driver.run()
     ran: Counter[tuple[str, str]] = dispatch.calls - calls
-    assert set(ran) == {(op, "triton") for op in OPS}
+    # rows are gathered by torch, on a GPU too
+    assert set(ran) == {*((op, "triton") for op in OPS), ("take_rows", "reference")}
     assert max(stats.distinct_adapters for stats in driver.stats) > 2
     adapters = {adapter.version: adapter for adapter in library}
     for version, prompt in prompts.items():

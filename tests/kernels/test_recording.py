@@ -11,6 +11,7 @@ from kernels.cpu.recording import Recording, Take
 from kernels.linear import PackedWeight, linear, pack
 from kernels.rms_norm import rms_norm
 from kernels.silu_and_mul import silu_and_mul
+from kernels.take_rows import take_rows
 
 HIDDEN = 48
 
@@ -24,7 +25,7 @@ def take(tokens: int, run: Callable[[Tensor], tuple[Tensor, ...]]) -> Take:
     x = torch.empty(tokens, HIDDEN)
     with written_down() as operations:
         results = run(x)
-    return Take(operations, tokens, (tokens, x.data_ptr()), results)
+    return Take(operations, (tokens, x.data_ptr()), (0,), results)
 
 
 def record(run: Callable[[Tensor], tuple[Tensor, ...]]) -> Recording:
@@ -47,10 +48,35 @@ def test_a_recording_gives_the_bits_of_its_operations(
 
     recording = record(layers)
     x = torch.randn(tokens, HIDDEN, generator=generator)
-    arena = torch.full((tokens * recording.token_bytes,), 0xFF, dtype=torch.uint8)
-    assert all(map(torch.equal, recording.run(tokens, (tokens, x.data_ptr()), arena), layers(x)))
+    (row_bytes,) = recording.row_bytes
+    arena = torch.full((tokens * row_bytes,), 0xFF, dtype=torch.uint8)
+    assert all(map(torch.equal, recording.run((tokens, x.data_ptr()), [arena]), layers(x)))
     # four layers need no more room than two: normed, gate and up, two of x, two of the residual stream
-    assert recording.token_bytes <= 7 * HIDDEN * 4
+    assert row_bytes <= 7 * HIDDEN * 4
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
+def test_results_may_have_another_number_of_rows_than_what_they_are_made_of(
+    num_rows: int, weight: PackedWeight, generator: torch.Generator
+) -> None:
+    def run(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        gated = silu_and_mul(linear(x, weight))
+        return gated, silu_and_mul(linear(take_rows(gated, rows), weight))
+
+    def taken(tokens: int, count: int) -> Take:
+        x, rows = torch.empty(tokens, HIDDEN), torch.empty(count, dtype=torch.int64)
+        with written_down() as operations:
+            results = run(x, rows)
+        return Take(operations, (count, x.data_ptr(), tokens, rows.data_ptr()), (2, 0), results)
+
+    recording = Recording(taken(2, 5), taken(3, 7))
+    x, rows = torch.randn(9, HIDDEN, generator=generator), torch.randint(9, (num_rows,), generator=generator)
+    counts = (9, num_rows)
+    arenas = [
+        torch.full((n * each,), 0xFF, dtype=torch.uint8) for n, each in zip(counts, recording.row_bytes, strict=True)
+    ]
+    results = recording.run((num_rows, x.data_ptr(), 9, rows.data_ptr()), arenas)
+    assert all(map(torch.equal, results, run(x, rows)))
 
 
 def test_nothing_runs_while_it_is_written_down_and_everything_afterwards() -> None:

@@ -11,7 +11,7 @@ from tests.gpu_worker.models.checkpoints import draw_tokens, random_model, save
 from tests.gpu_worker.models.lora_bench import Bench, build_bench
 from tests.gpu_worker.models.stepper import Running, Stepper
 
-OPS = {"linear", "lora_expand", "lora_shrink", "paged_attention", "rms_norm", "silu_and_mul", "store_kv"}
+OPS = {"linear", "lora_expand", "lora_shrink", "paged_attention", "rms_norm", "silu_and_mul", "store_kv", "take_rows"}
 
 
 def backends_of_a_step(bench: Bench) -> set[tuple[str, str]]:

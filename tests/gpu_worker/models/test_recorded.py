@@ -14,6 +14,7 @@ from gpu_worker.models.recorded import RecordedDecoder
 from kernels import dispatch
 from kernels.adapters import AdapterTables, Segments
 from kernels.cpu import recording, tables
+from kernels.cpu.recording import Recording
 from tests.gpu_worker.models.checkpoints import VARIANTS, draw_tokens, random_model, save
 from tests.gpu_worker.models.lora_bench import Bench, build_bench, mixed_batch
 from tests.gpu_worker.models.stepper import Running, Stepper
@@ -24,13 +25,14 @@ SCHEDULES = {"chunks": [7, 7, 1, 16, 1], "decodes": [1] * 6, "whole": [33]}
 
 
 class Recorded(RecordedDecoder):
-    """Every element of the arena is NaN before a step, and the decoder runs no batch itself."""
+    """Every element of the arenas is NaN before a step, and the decoder runs no batch itself."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(NeverItself(decoder.config, decoder.weights))
 
-    def _room(self, num_bytes: int) -> Tensor:
-        return super()._room(num_bytes).fill_(0xFF)
+    def _rooms(self, recording: Recording, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        first, second = super()._rooms(recording, batch)
+        return first.fill_(0xFF), second.fill_(0xFF)
 
 
 class NeverItself(Decoder):
@@ -134,12 +136,14 @@ def two_batches(bench: Bench) -> tuple[ForwardBatch, ForwardBatch]:
     sequences = [Running(draw_tokens(20, seed), adapter) for seed, adapter in enumerate((-1, 0, 4, 4))]
     stepper = Stepper(bench.decoder, sequences, bench.tables)
     stepper.step([12, 9, 11, 10])
-    one = replace(stepper.batch([2, 3, 1, 4]), kv_pages=stepper.kv_pages.nan_to_num(nan=0.5))
+    some = stepper.batch([2, 3, 1, 4], torch.tensor([1, 4, 5, 8, 9]))
+    one = replace(some, kv_pages=stepper.kv_pages.nan_to_num(nan=0.5))
     assert one.adapters is not None
     swapped = torch.tensor([0, 4, 5, 8, 10], dtype=torch.int32)
     other = replace(
         one,
         token_ids=one.token_ids.flip(0),
+        logit_rows=one.logit_rows.flip(0),
         positions=one.positions.flip(0),
         slot_mapping=one.slot_mapping.flip(0),
         page_table=one.page_table.flip(0).contiguous(),
@@ -151,9 +155,9 @@ def two_batches(bench: Bench) -> tuple[ForwardBatch, ForwardBatch]:
     return one, other
 
 
-NUMBERS = {"tokens": 0, "sequences": 1, "pages": 2, "segments": 10}
-ADDRESSES = {"x": 3, "positions": 4, "slots": 5, "page table": 6, "query start": 7, "context lens": 8}
-ADDRESSES |= {"adapters": 9, "segment starts": 11, "segment adapters": 12}
+NUMBERS = {"tokens": 0, "logits": 1, "sequences": 2, "pages": 3, "segments": 12}
+ADDRESSES = {"token ids": 4, "logit rows": 5, "positions": 6, "slots": 7, "page table": 8}
+ADDRESSES |= {"query start": 9, "context lens": 10, "adapters": 11, "segment starts": 13, "segment adapters": 14}
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *ADDRESSES])
@@ -165,12 +169,12 @@ def test_a_value_that_is_not_the_batchs_own_is_noticed(
     forward = Recorded(bench.decoder)
     wanted = bench.decoder.forward(replace(batch, kv_pages=batch.kv_pages.clone()))
     assert torch.equal(forward.forward(batch), wanted)
-    values_of, other_x = recorded._values, bench.decoder.embed(other)
+    values_of = recorded._values
     # the adapters' structure lives as long as these are the last tables
-    foreign, tables_of_other = values_of(other_x, other), tables.tensors(other.adapters, other.segments)
+    foreign, tables_of_other = values_of(other.token_ids, other), tables.tensors(other.adapters, other.segments)
 
-    def values(x: Tensor, batch: ForwardBatch) -> tuple[int, ...]:
-        own = list(values_of(x, batch))
+    def values(token_ids: Tensor, batch: ForwardBatch) -> tuple[int, ...]:
+        own = list(values_of(token_ids, batch))
         index = (NUMBERS | ADDRESSES)[name]
         own[index] = own[index] - 1 if name in NUMBERS else foreign[index]
         return tuple(own)
@@ -184,7 +188,7 @@ def test_a_value_that_is_not_the_batchs_own_is_noticed(
 def test_results_that_share_their_room_are_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     lay_out = recording._Buffers.lay_out
 
-    def all_at_the_start(buffers: recording._Buffers) -> int:
+    def all_at_the_start(buffers: recording._Buffers) -> tuple[int, ...]:
         size = lay_out(buffers)
         for buffer in buffers._buffers.values():
             buffer.place = 0

@@ -9,7 +9,8 @@ A run:
   5. After each workload its rows go to standard output and to benchmarks/results/serving.jsonl: medians, quartiles.
 
 Systems, workloads and models are comma-separated names. The workload n8 is 64 requests over 8 adapters, nearly all
-of them for the first few; `distinct` is 64 requests on 64 adapters, `one` the same requests on one.
+of them for the first few; `distinct` is 64 requests on 64 adapters, `distinct-bf16` the same with the adapters' files
+in bfloat16, `one` the same requests on one.
 
 Examples:
   python -m benchmarks.serving --models S --systems engine,peft --rounds 3
@@ -39,7 +40,7 @@ from benchmarks.serving.host import HostError
 from benchmarks.serving.likeness import likeness
 from benchmarks.serving.progress import say
 from benchmarks.serving.rows import Row
-from benchmarks.serving.workload import named
+from benchmarks.serving.workload import BASE, named
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving.jsonl"
 # Beside a share of the KV, a capped pool has room for the first of the adapters.
@@ -80,7 +81,9 @@ def measure(model: str, options: argparse.Namespace) -> Iterator[list[Row]]:
     systems, rounds = chosen(options.systems), options.rounds or ROUNDS[model]
     workloads = [named(name, SIZES[model].vocab) for name in options.workloads.split(",")]
     fixture = Fixture.of(model)
-    prepare(fixture, max(CAPPED_ADAPTERS, *(workload.adapters for workload in workloads)))
+    numbered = range(max(CAPPED_ADAPTERS, *(workload.adapters for workload in workloads)))
+    asked = {request.adapter for workload in workloads for request in workload.requests} - {BASE}
+    prepare(fixture, sorted(asked.union(numbered)))
     if not options.pools:
         with ExitStack() as stack:
             bench = Bench(fixture, options.threads, stack)

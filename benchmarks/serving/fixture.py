@@ -16,6 +16,7 @@ from benchmarks.serving.progress import say
 from benchmarks.serving.workload import Workload
 from benchmarks.store.process import StoreProcess
 from common.channel import connect
+from common.wire import dtype_from_proto
 from gpu_worker.config import EngineConfig
 from gpu_worker.memory.geometry import PageGeometry
 from loraplex.requests import Upload
@@ -69,11 +70,12 @@ class Fixture:
     def fetched(self, index: int) -> engine_pb2.AdapterFetched:
         """What a worker's face tells its engine about an adapter of this store."""
         fetched = engine_pb2.AdapterFetched.FromString(self.packed(index).read_bytes())
-        fetched.path = str(self.store / "objects" / fetched.adapter_version / "packed.float32")
+        name = f"packed.{dtype_from_proto(fetched.layout.dtype)}"
+        fetched.path = str(self.store / "objects" / fetched.adapter_version / name)
         return fetched
 
 
-def prepare(fixture: Fixture, num_adapters: int) -> None:
+def prepare(fixture: Fixture, adapters: Sequence[int]) -> None:
     """Writes what is missing; a second call costs nothing."""
     from benchmarks.serving import models
 
@@ -81,7 +83,6 @@ def prepare(fixture: Fixture, num_adapters: int) -> None:
     if not (fixture.base / "tokenizer.json").exists():
         say(f"{model}: writing the checkpoint")
         models.save_base(fixture.base, fixture.size)
-    adapters = range(num_adapters)
     if missing := [index for index in adapters if not (fixture.peft_folder(index) / "README.md").exists()]:
         say(f"{model}: writing {len(missing)} adapters")
         models.save_adapters(fixture.base, fixture.adapters, missing)

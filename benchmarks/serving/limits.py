@@ -31,9 +31,14 @@ PEERS = (
 )
 
 S, M = ("S", "distinct"), ("M", "distinct")
+TAX, DISTINCT = {S: (1.6, 1.4), M: (1.3, 1.2)}, {S: (0.9, 0.9), M: (0.9, 0.9)}
+# The same adapters from files in bfloat16.
+NARROW = "distinct-bf16"
 OURS = (
-    Line("LoRA tax, 64 distinct adapters", "lora-off", "engine", {S: (1.6, 1.4), M: (1.3, 1.2)}, cost=True),
-    Line("64 distinct adapters over one", "engine@distinct", "engine@one", {S: (0.9, 0.9), M: (0.9, 0.9)}),
+    Line("LoRA tax, 64 distinct adapters", "lora-off", "engine", TAX, cost=True),
+    Line("the same with adapters in bfloat16", f"lora-off@{NARROW}", f"engine@{NARROW}", TAX, cost=True),
+    Line("64 distinct adapters over one", "engine@distinct", "engine@one", DISTINCT),
+    Line("64 distinct adapters in bfloat16 over one", f"engine@{NARROW}", "engine@one", DISTINCT),
     Line("fleet unary over engine", "unary", "engine", {("S", "n64"): (0.7, 0.7), ("M", "n64"): (0.9, 0.9)}),
     Line("fleet streaming over engine", "stream", "engine", {("S", "n64"): (0.45, 0.45), ("M", "n64"): (0.8, 0.8)}),
 )

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.kernels.models import RANKS, Size
+from benchmarks.serving.workload import BFLOAT16
 
 CONTEXT_TOKENS = 1024
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -66,20 +68,28 @@ def save_base(folder: Path, size: Size, seed: int = 0) -> None:
 
 
 def save_adapters(base: Path, folder: Path, indices: Iterable[int]) -> None:
-    """Adapter `index` depends on nothing but its index and the shapes of the base."""
+    """Adapter `index` depends on nothing but its index and the shapes of the base; see workload.BFLOAT16."""
     recipes: dict[Recipe, list[int]] = {}
     for index in indices:
         recipes.setdefault(Recipe.of(index), []).append(index)
     for recipe, members in recipes.items():
         model = _with_adapter(base, recipe)
         for index in members:
-            generator = torch.Generator().manual_seed(1000 + index)
+            generator = torch.Generator().manual_seed(1000 + index % BFLOAT16)
             for name, parameter in model.named_parameters():
                 if "lora_A" in name:
                     parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
                 elif "lora_B" in name:
                     parameter.data.normal_(0.0, B_SPREAD, generator=generator)
             model.save_pretrained(folder / adapter_name(index))
+            if index >= BFLOAT16:
+                _round(folder / adapter_name(index) / "adapter_model.safetensors")
+
+
+def _round(path: Path) -> None:
+    """Writes a file of float32 once more, its tensors in bfloat16."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _with_adapter(base: Path, recipe: Recipe) -> PeftModel:

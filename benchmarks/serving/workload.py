@@ -10,6 +10,8 @@ PROMPT_TOKENS, OUTPUT_TOKENS = (16, 129), (16, 65)
 # Below are ids that tokenizers like to keep for themselves.
 FIRST_TOKEN_ID = 3
 BASE = -1
+# Adapter BFLOAT16 + i is adapter i with its matrices rounded to bfloat16.
+BFLOAT16 = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that all arrive at once, answered greedily. `adapters` is how many there are to choose from."""
+    """Requests that all arrive at once, answered greedily. `adapters` is how many there are to choose from, from 0 on;
+    those in bfloat16 come on top."""
 
     name: str
     adapters: int
@@ -97,6 +100,13 @@ def all_on_one(vocab: int, adapter: int, num_requests: int = NUM_REQUESTS) -> Wo
     return Workload("one", num_requests, tuple(replace(request, adapter=adapter) for request in drawn))
 
 
+def in_bfloat16(vocab: int) -> Workload:
+    """The requests of `each_its_own` with the same adapters, their files in bfloat16."""
+    workload = each_its_own(vocab)
+    requests = tuple(replace(request, adapter=BFLOAT16 + request.adapter) for request in workload.requests)
+    return replace(workload, name="distinct-bf16", requests=requests)
+
+
 def alone(vocab: int) -> Workload:
     """One request with a long answer: what a single stream sees."""
     request = power_law(8, vocab).requests[0]
@@ -104,16 +114,20 @@ def alone(vocab: int) -> Workload:
 
 
 def named(name: str, vocab: int) -> Workload:
-    """`n8` is W over 8 adapters; `distinct` and `one` share their prompts and lengths; `solo` is one request.
+    """`n8` is W over 8 adapters; `distinct`, `distinct-bf16` and `one` share their prompts and lengths; `solo` is one
+    request.
 
     Raises ValueError.
     """
     if name == "distinct":
         return each_its_own(vocab)
+    if name == "distinct-bf16":
+        return in_bfloat16(vocab)
     if name == "one":
         return all_on_one(vocab, adapter=2)
     if name == "solo":
         return alone(vocab)
     if name.startswith("n") and name[1:].isdecimal() and int(name[1:]) > 0:
         return power_law(int(name[1:]), vocab)
-    raise ValueError(f"{name!r} is no workload; known: n1, n8, n64 (any number of adapters), distinct, one, solo")
+    known = "n1, n8, n64 (any number of adapters), distinct, distinct-bf16, one, solo"
+    raise ValueError(f"{name!r} is no workload; known: {known}")

@@ -36,13 +36,6 @@ struct Vector8 {
     loraplex::store_first(p, lanes, n);
   }
   void add_product(Vector8 a, Vector8 b) { lanes = fma(a.lanes, b.lanes, lanes); }
-
-  // out[i] is the sum of the lanes of x[i], in one order for every i and N.
-  template <int N>
-  static void store_sums(const Vector8 (&x)[N], float* out) {
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) out[i] = sum(x[i].lanes);
-  }
 };
 
 }  // namespace

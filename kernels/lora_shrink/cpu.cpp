@@ -1,14 +1,13 @@
-// x A^T by dot products along in_features, where both rows are contiguous: who computes what. How is in tile.h.
+// x A^T by dot products along in_features, where both rows are contiguous.
 #include "../cpu/adapter_rows.h"
 #include "tile.h"
 
 namespace loraplex {
 namespace {
 
+constexpr int kTokens = 3;  // 3 x 4 sums + 3 of x + 1 of A = 16 registers
 constexpr int64_t kTaskRanks = 8, kTaskTokens = 64;
 constexpr int64_t kAheadBytes = 8192;  // between what is read and what is fetched
-// kWideRanks rows pay when they stay in the first-level cache and serve several tiles.
-constexpr int64_t kManyTokens = 12, kMostFeatures = 1024;
 
 struct Shrink {
   const float* x;  // [num_tokens, in_features]
@@ -19,13 +18,65 @@ struct Shrink {
   int64_t num_modules, layer, num_tokens, in_features, max_lora_rank;
   int64_t lanes;  // 8, or 16 where the CPU has AVX-512
 
-  // How many of `ranks` rows of A go together.
+  // How many of `ranks` rows of A go together. One token waits for the memory, with vectors of any width.
   int64_t side_by_side(const Task& task, int64_t ranks) const {
-    const bool many = task.token_end - task.token >= kManyTokens && in_features <= kMostFeatures;
-    if (lanes == 16 && many && ranks >= kWideRanks) return kWideRanks;
+    if (lanes == 16 && task.token_end - task.token > 1 && ranks >= kManyRanks) return kManyRanks;
     return std::min<int64_t>(kRanks, ranks);
   }
 };
+
+template <int T, int R, typename A>
+void tile(const ShrinkRows& op, int64_t token, const uint8_t* const* ahead) {
+  constexpr int64_t line = kLineBytes / sizeof(A);
+  const float* x = op.x + token * op.in_features;
+  const A* a[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) a[r] = static_cast<const A*>(op.a[r]);
+  __m256 sums[T][R] = {};
+  const auto step = [&](int64_t i, auto read) __attribute__((always_inline)) {
+    __m256 rows[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) rows[t] = read(x + t * op.in_features + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m256 value = read(a[r] + i);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sums[t][r] = fma(rows[t], value, sums[t][r]);
+    }
+  };
+  const auto whole = [](const auto* p) __attribute__((always_inline)) { return load(p); };
+  int64_t i = 0;
+  if (ahead)
+    for (; i + line <= op.in_features; i += line) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) fetch(ahead[r] + i * static_cast<int64_t>(sizeof(A)));
+#pragma GCC unroll 8
+      for (int64_t part = 0; part < line; part += kLanes) step(i + part, whole);
+    }
+  for (; i + kLanes <= op.in_features; i += kLanes) step(i, whole);
+  if (const int left = static_cast<int>(op.in_features - i))  // the rest of A's last unit may hold anything
+    step(i, [left](const auto* p) __attribute__((always_inline)) { return load_first(p, left); });
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) op.out[(token + t) * op.out_stride + r] = sum(sums[t][r]);
+}
+
+template <int R, typename A>
+void all_tokens(const ShrinkRows& op) {
+  const uint8_t* const* ahead = op.ahead;
+  int64_t token = 0;
+  for (; token + kTokens <= op.tokens; token += kTokens, ahead = nullptr) tile<kTokens, R, A>(op, token, ahead);
+  for (; token < op.tokens; ++token, ahead = nullptr) tile<1, R, A>(op, token, ahead);
+}
+
+void multiply(const ShrinkRows& op) {
+  if (op.ranks == kManyRanks) return shrink_many_avx512(op);
+  with_type(op.a_dtype, [&](auto* type) {
+    using A = std::remove_pointer_t<decltype(type)>;
+    (op.ranks == kRanks ? all_tokens<kRanks, A> : all_tokens<1, A>)(op);
+  });
+}
 
 // Rows [rank, rank + count) of a task's module.
 struct Group {
@@ -39,7 +90,7 @@ struct Group {
 
 // Rows of A where they lie, or all of them as float32 in `scratch` when one crosses into another page.
 struct Read {
-  const void* rows[kWideRanks];
+  const void* rows[kManyRanks];
   int32_t dtype;
 
   Read(const Adapters& adapters, const Group& group, int64_t units, std::vector<float>& scratch)
@@ -66,7 +117,7 @@ void run(const Shrink& op, const Adapters& adapters, const Group& group, const G
          std::vector<float>& scratch) {
   const Task& task = *group.task;
   const Read read(adapters, group, adapters.row_units(task.piece.adapter, op.in_features), scratch);
-  const uint8_t* ahead[kWideRanks];
+  const uint8_t* ahead[kManyRanks];
   if (later) {
     const int64_t adapter = later->task->piece.adapter, units = adapters.row_units(adapter, op.in_features);
     if (adapters.dtype[adapter] != read.dtype) later = nullptr;
@@ -77,7 +128,6 @@ void run(const Shrink& op, const Adapters& adapters, const Group& group, const G
                   task.token_end - task.token, op.in_features, op.max_lora_rank, static_cast<int32_t>(group.count),
                   read.dtype};
   rows.out = op.out + (task.piece.index * op.num_tokens + task.token) * op.max_lora_rank + group.rank;
-  const auto multiply = op.lanes == 16 ? shrink_avx512 : shrink_avx2;
   if (group.count >= kRanks) return multiply(rows);
   rows.ranks = 1;
   for (int64_t r = 0; r < group.count; ++r, ++rows.a, ++rows.out) {
@@ -101,11 +151,6 @@ void run(const Shrink& op, const Task* begin, const Task* end, std::vector<float
 }
 
 }  // namespace
-
-// 3 x 4 sums + 3 of x + 1 of A = 16 registers
-void shrink_avx2(const ShrinkRows& rows) {
-  (rows.ranks == kRanks ? shrink<Vector8, 3, kRanks> : shrink<Vector8, 3, 1>)(rows);
-}
 
 }  // namespace loraplex
 

@@ -7,10 +7,12 @@ import pytest
 from benchmarks.kernels.models import Size
 from benchmarks.serving.fixture import Fixture, prepare
 from benchmarks.serving.outcome import Tokens
-from benchmarks.serving.workload import Request, Workload, power_law
+from benchmarks.serving.workload import BFLOAT16, Request, Workload, power_law
 
 TINY = Size(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=96, vocab=131)
 NUM_ADAPTERS = 6
+# The first two once more, in bfloat16.
+NARROW = (BFLOAT16, BFLOAT16 + 1)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     from benchmarks.serving.systems.peft import PeftSystem
 
     fixture = Fixture(tmp_path_factory.mktemp("bench"), "tiny", TINY)
-    prepare(fixture, NUM_ADAPTERS)
+    prepare(fixture, [*range(NUM_ADAPTERS), *NARROW])
     workload = short_workload()
     return Tiny(fixture, workload, PeftSystem(fixture, 1).run(workload, "mixed").outputs)

@@ -1,6 +1,7 @@
 """Every system answers PEFT's tokens, the baselines among them, and each baseline does what its name says."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,9 @@ from benchmarks.serving.fixture import page_geometry, pool_bytes, slot_bytes
 from benchmarks.serving.outcome import differing
 from benchmarks.serving.systems.engine import EngineSystem
 from benchmarks.serving.systems.peft import PeftSystem
-from tests.benchmarks.conftest import NUM_ADAPTERS, Tiny
+from benchmarks.serving.workload import BFLOAT16, Workload
+from loraplex.v1 import types_pb2
+from tests.benchmarks.conftest import NARROW, NUM_ADAPTERS, Tiny
 
 ROOMY = "64MiB"
 
@@ -38,6 +41,18 @@ def test_our_engine_answers_what_peft_answers(tiny: Tiny) -> None:
     # Now every adapter is resident, so nobody joins late.
     assert system.run(tiny.workload).outputs == tiny.answers
     assert max(stats.distinct_adapters for stats in system.stats) == NUM_ADAPTERS
+
+
+def test_adapters_in_bfloat16_are_served_as_peft_serves_them(tiny: Tiny) -> None:
+    """As float32 matrices of rounded values; rows are padded to 128 bytes, so a little more than half the bytes."""
+    wide = [request for request in tiny.workload.requests if request.adapter + BFLOAT16 in NARROW]
+    narrow = Workload("narrow", 2, tuple(replace(request, adapter=request.adapter + BFLOAT16) for request in wide))
+    expected = PeftSystem(tiny.fixture, 1).run(narrow, "mixed").outputs
+    assert EngineSystem(tiny.fixture, 1, ROOMY).run(narrow).outputs == expected
+    for index in NARROW:
+        layouts = [tiny.fixture.fetched(number).layout for number in (index, index - BFLOAT16)]
+        assert [layout.dtype for layout in layouts] == [types_pb2.DTYPE_BFLOAT16, types_pb2.DTYPE_FLOAT32]
+        assert layouts[0].total_bytes < 0.6 * layouts[1].total_bytes
 
 
 def test_without_adapters_the_answers_are_others(tiny: Tiny) -> None:

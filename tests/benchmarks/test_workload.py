@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.serving.workload import (
     BASE,
+    BFLOAT16,
     NUM_REQUESTS,
     all_on_one,
     each_its_own,
@@ -54,6 +55,13 @@ def test_distinct_and_one_differ_in_nothing_but_the_adapters() -> None:
         (r.prompt, r.output_tokens) for r in one.requests
     ]
     assert (distinct.distinct, one.distinct) == (NUM_REQUESTS, 1)
+
+
+def test_adapters_in_bfloat16_are_others_and_nothing_else_is() -> None:
+    distinct, narrow = (with_other_prompts(named(name, VOCAB), VOCAB, 2) for name in ("distinct", "distinct-bf16"))
+    assert [(r.adapter + BFLOAT16, r.prompt, r.output_tokens) for r in distinct.requests] == [
+        (r.adapter, r.prompt, r.output_tokens) for r in narrow.requests
+    ]
 
 
 def test_the_base_workload_asks_for_no_adapter() -> None:

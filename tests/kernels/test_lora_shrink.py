@@ -82,15 +82,20 @@ def test_mixed_adapters_and_base_rows(
     assert_shrinks(x, adapters, tables, segments, layer, modules)
 
 
-def test_each_width_of_vectors_has_code_of_its_own(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are within the bound; where a CPU has both they round differently, so neither stands for the other."""
-    tables = build_tables(make_adapters([8], ["float32"], generator), LAYERS, 1024, generator)
-    x, segments, found = torch.randn(200, IN_FEATURES, generator=generator), build_segments([200], [0]), []
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 200], ids=lambda count: f"{count}-tokens")
+def test_the_width_of_vectors_changes_no_bit(num_tokens: int, dtype: str, generator: torch.Generator) -> None:
+    tables = build_tables(make_adapters([29], [dtype], generator), LAYERS, 1024, generator)
+    x, segments, found = (
+        torch.randn(num_tokens, IN_FEATURES, generator=generator),
+        build_segments([num_tokens], [0]),
+        [],
+    )
     for lanes in (8, vector_lanes()):
-        monkeypatch.setattr(cpu, "vector_lanes", lambda lanes=lanes: lanes)
-        with dispatch.force("cpu"):
-            found.append(lora_shrink(x, tables, segments, 0, QKV))
-    assert torch.equal(*found) == (vector_lanes() == 8)
+        with pytest.MonkeyPatch.context() as patch, dispatch.force("cpu"):
+            patch.setattr(cpu, "vector_lanes", lambda lanes=lanes: lanes)
+            found.append(lora_shrink(x, tables, segments, 1, QKV))
+    assert torch.equal(*found)
 
 
 def test_all_rows_are_base_rows(generator: torch.Generator) -> None:

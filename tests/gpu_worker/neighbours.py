@@ -36,6 +36,8 @@ class FakeStore:
         self.offsets: list[int] = []
         # (version, number of the chunk before which a call breaks, once)
         self.breaks: set[tuple[str, int]] = set()
+        # The same, but the call ends there as if all had come.
+        self.ends: set[tuple[str, int]] = set()
 
     async def FetchWeights(
         self, request: adapter_store_pb2.FetchWeightsRequest, context: Any
@@ -49,9 +51,13 @@ class FakeStore:
         self.offsets.append(request.offset_bytes)
         for offset in range(request.offset_bytes, len(content), CHUNK_BYTES):
             data = content[offset : offset + CHUNK_BYTES]
-            if (request.adapter_version, offset // CHUNK_BYTES) in self.breaks:
-                self.breaks.discard((request.adapter_version, offset // CHUNK_BYTES))
+            place = request.adapter_version, offset // CHUNK_BYTES
+            if place in self.breaks:
+                self.breaks.discard(place)
                 raise Unavailable("TEST", "the connection is cut")
+            if place in self.ends:
+                self.ends.discard(place)
+                return
             chunk = adapter_store_pb2.FetchWeightsChunk(offset_bytes=offset, data=data)
             yield adapter_store_pb2.FetchWeightsResponse(chunk=chunk)
             if offset == 0:

@@ -129,14 +129,25 @@ class TestWrongBytes:
         assert answers.registry.get_sample_value(name, labels) == 1
 
 
-async def test_too_few_bytes_are_refused_with_both_numbers(answers: Answers, store: FakeStore, tmp_path: Path) -> None:
-    whole = store.adapters["rank-8"]
-    path = tmp_path / "short"
-    path.write_bytes(whole.content[:-1])
-    store.adapters["rank-8"] = replace(whole, path=path)
-    error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
-    size = whole.layout.total_bytes
-    assert error.message.startswith(f"{size - 1} of {size} bytes came")
+class TestTooFewBytes:
+    @pytest.fixture(autouse=True)
+    def cut(self, store: FakeStore, tmp_path: Path) -> None:
+        store.adapters["rank-8"] = store.adapters["rank-8"].cut_short(tmp_path)
+
+    async def test_they_are_refused_with_both_numbers(self, answers: Answers, store: FakeStore) -> None:
+        error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
+        size = store.adapters["rank-8"].layout.total_bytes
+        assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS.value[0], "ADAPTER_CORRUPT")
+        assert error.message.startswith(f"{size - 1} of {size} bytes came")
+
+    async def test_they_are_nobody_elses_fault(self, answers: Answers) -> None:
+        """The store is not taken for one that is away: who wants another adapter gets it at once."""
+        await answers.fetch("rank-8")
+        assert (await answers.fetch("rank-3")).HasField("adapter_fetched")
+
+    async def test_they_leave_no_file(self, answers: Answers, cache: Path) -> None:
+        await answers.fetch("rank-8")
+        assert files(cache) == []
 
 
 async def test_an_unknown_adapter_is_the_stores_word(answers: Answers) -> None:
@@ -188,6 +199,12 @@ class TestBrokenTransfers:
 
     async def test_it_goes_on_where_it_broke(self, answers: Answers, store: FakeStore) -> None:
         store.breaks = {("rank-8", 2)}
+        fetched = (await answers.fetch("rank-8")).adapter_fetched
+        assert read(fetched.path) == store.adapters["rank-8"].content
+        assert store.offsets == [0, 2 * CHUNK_BYTES]
+
+    async def test_a_stream_that_ends_too_early_is_asked_for_the_rest(self, answers: Answers, store: FakeStore) -> None:
+        store.ends = {("rank-8", 2)}
         fetched = (await answers.fetch("rank-8")).adapter_fetched
         assert read(fetched.path) == store.adapters["rank-8"].content
         assert store.offsets == [0, 2 * CHUNK_BYTES]
@@ -271,3 +288,24 @@ async def test_a_full_disk_fails_the_adapter_that_came_last(
         error = (await answers.fetch("rank-8")).adapter_fetch_failed.error
     assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "CACHE_DISK_FULL")
     assert (await answers.fetch("rank-3")).HasField("adapter_fetched")
+
+
+async def test_a_disk_that_is_full_half_way_costs_what_is_worth_less(
+    answers: Answers, store: FakeStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the second chunk is written when the disk is full; another adapter's file makes room for the rest."""
+    await answers.fetch("rank-3")
+    answers.fetcher.settled("rank-3")
+    write, full = download.Download.write, [True]
+
+    def once_full(self: download.Download, data: bytes) -> None:
+        if self.received and full:
+            full.clear()
+            assert self._file is not None
+            self._file.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, data)
+
+    monkeypatch.setattr(download.Download, "write", once_full)
+    path = (await answers.fetch("rank-8")).adapter_fetched.path
+    assert (full, files(cache), read(path)) == ([], [Path(path).name], store.adapters["rank-8"].content)

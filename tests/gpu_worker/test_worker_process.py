@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from common.errors import from_rpc_error
-from loraplex.v1 import memory_pb2, memory_pb2_grpc, scheduler_pb2, types_pb2
+from loraplex.v1 import memory_pb2, memory_pb2_grpc, scheduler_pb2, types_pb2, worker_pb2
 from tests.gpu_worker.engine_driver import EngineDriver, new_offer
 from tests.gpu_worker.neighbours import FakeScheduler, FakeStore, serving
 from tests.gpu_worker.tiny_model import CONTEXT, TinyAdapter
@@ -122,6 +122,25 @@ async def test_a_restarted_worker_has_its_hot_adapters_before_it_registers(
         async with started(tiny_checkpoint, tmp_path, address, scheduler) as second:
             (resident,) = second.hello.resident
             assert (resident.adapter_version, resident.tier) == ("rank-8", types_pb2.TIER_PAGES)
+
+
+async def test_a_stream_cut_short_costs_its_own_request_only(
+    worker: WorkerProcess, scheduler: FakeScheduler, store: FakeStore, tmp_path: Path, expected: list[int]
+) -> None:
+    store.adapters["rank-3"] = store.adapters["rank-3"].cut_short(tmp_path)
+    async with worker.attached() as gateway:
+        scheduler.command(offer=new_offer("first", PROMPT, "rank-8"))
+        assert (await gateway.until_finished())[0] == expected
+        scheduler.command(offer=new_offer("cut", PROMPT, "rank-3"))
+        scheduler.command(offer=new_offer("resident", PROMPT, "rank-8"))
+        tokens, lasts = list[int](), dict[str, worker_pb2.SequenceTokens]()
+        while len(lasts) < 2:
+            for message in await gateway.next():
+                tokens += message.token_ids
+                if message.finish_reason:
+                    lasts[message.key.request_id] = message
+    assert lasts["cut"].error.reason == "ADAPTER_CORRUPT"
+    assert (lasts["resident"].finish_reason, tokens) == (types_pb2.FINISH_REASON_LENGTH, expected)
 
 
 async def test_a_gateway_that_goes_leaves_its_pages(worker: WorkerProcess, scheduler: FakeScheduler) -> None:

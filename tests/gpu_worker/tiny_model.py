@@ -71,6 +71,12 @@ class TinyAdapter:
         path.write_bytes(content)
         return replace(self, path=path)
 
+    def cut_short(self, directory: Path) -> "TinyAdapter":
+        """The same without its last byte."""
+        path = directory / f"{self.version}.short"
+        path.write_bytes(self.content[:-1])
+        return replace(self, path=path)
+
 
 def write_adapter(
     directory: Path,

@@ -33,6 +33,7 @@ def library() -> ctypes.CDLL | None:
             found.loraplex_run.argtypes, found.loraplex_run.restype = [c_void_p, c_int64, c_int], None
             found.loraplex_replay.argtypes = [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int]
             found.loraplex_replay.restype = None
+            found.loraplex_copy_hashed.argtypes, found.loraplex_copy_hashed.restype = [c_void_p], None
             return found
     _log.warning("%s; the plain torch kernels are used, several times slower", problem)
     return None

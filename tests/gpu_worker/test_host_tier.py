@@ -1,5 +1,7 @@
 """The host tier keeps its budget, and what is about to be copied."""
 
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,12 @@ def test_every_coming_and_going_is_told_once(adapters: list[TinyAdapter]) -> Non
 
 
 class TestStorage:
-    """Both kinds behind the seam; an arena that is not pinned is the same class."""
+    """Both kinds behind the seam, copies compiled and plain; an arena that is not pinned is the same class."""
+
+    @pytest.fixture(autouse=True, params=["compiled", "plain"])
+    def copies(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param == "plain":
+            monkeypatch.setattr("kernels.cpu.pages.library", lambda: None)
 
     @pytest.fixture(params=["mapped", "arena"])
     def storage(self, request: pytest.FixtureRequest) -> HostStorage:
@@ -135,6 +142,41 @@ class TestStorage:
         blob = storage.open(adapter.corrupted(tmp_path).path, adapter.layout)
         with pytest.raises(WrongBytesError, match="checksum"):
             blob.copy_to(pool, [0, 1, 2])
+
+    def test_a_file_overwritten_once_it_is_open_is_found(
+        self, storage: HostStorage, adapter: TinyAdapter, pool: PagePool
+    ) -> None:
+        blob = storage.open(adapter.path, adapter.layout)
+        with adapter.path.open("r+b") as file:
+            file.seek(adapter.layout.total_bytes - 1)
+            file.write(bytes([adapter.content[-1] ^ 1]))
+        with pytest.raises(WrongBytesError, match="checksum"):
+            blob.copy_to(pool, [0, 1, 2])
+
+    def test_a_file_overwritten_again_and_again_is_whole_or_refused(
+        self, storage: HostStorage, adapter: TinyAdapter, pool: PagePool
+    ) -> None:
+        content, stop = adapter.content, threading.Event()
+
+        def overwrite() -> None:
+            with adapter.path.open("r+b", buffering=0) as file:
+                while not stop.is_set():
+                    for data in (bytes(len(content)), content):
+                        file.seek(0)
+                        file.write(data)
+
+        writer = threading.Thread(target=overwrite)
+        writer.start()
+        try:
+            for _ in range(100):
+                blob = storage.open(adapter.path, adapter.layout)
+                with suppress(WrongBytesError):
+                    blob.copy_to(pool, [0, 1, 2])
+                    assert self.held(pool, [0, 1, 2], adapter) == content
+                blob.close()
+        finally:
+            stop.set()
+            writer.join()
 
     def test_a_file_of_another_size_is_not_opened(self, storage: HostStorage, adapter: TinyAdapter) -> None:
         adapter.path.write_bytes(adapter.content[:-1])

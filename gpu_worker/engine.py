@@ -9,7 +9,7 @@ from common.packing import PackedLayout
 from gpu_worker.batching import Batcher, Chunk, StepPlan
 from gpu_worker.commands import Arrival, CommandProcessor
 from gpu_worker.host_tier import HostTier
-from gpu_worker.loader import Loader
+from gpu_worker.loader import LoadDone, Loader
 from gpu_worker.loan import Loan
 from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.model_runner import ModelRunner
@@ -110,6 +110,10 @@ class Engine:
         while self.busy:
             self.step([])
         self._commands.log.restart()
+
+    def finished_loads(self) -> list[LoadDone]:
+        """Loads that have ended and that no arrival will tell of: the next `step` takes them as such."""
+        return self._loader.take_done()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when the books of the pool do not balance; for idle moments."""

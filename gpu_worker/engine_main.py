@@ -189,21 +189,24 @@ def receive(command: engine_pb2.EngineCommand, inbox: Inbox, engine: Engine) -> 
         engine.foresee(offers)
 
 
-def arrivals(inbox: Inbox, *, wait: bool) -> list[Arrival] | None:
-    """Everything that has arrived, after waiting for the first if `wait`; None when the face says stop or is gone."""
-    arrived: list[Arrival] = []
+def arrivals(inbox: Inbox, engine: Engine) -> list[Arrival] | None:
+    """Everything that has arrived, after waiting for the first when the engine has nothing to do.
+
+    None when the face says stop or is gone.
+    """
+    arrived, wait = list[Arrival](), not engine.busy
     while wait or not inbox.empty():
         arrival = inbox.get()
         if arrival is None or (isinstance(arrival, engine_pb2.EngineCommand) and arrival.HasField("shutdown")):
             return None
         arrived.append(arrival)
         wait = False
-    return arrived
+    return [*arrived, *engine.finished_loads()]
 
 
 def serve(engine: Engine, pipe: socket.socket, inbox: Inbox) -> None:
     """Steps until the face says stop or is gone."""
-    while (arrived := arrivals(inbox, wait=not engine.busy)) is not None:
+    while (arrived := arrivals(inbox, engine)) is not None:
         for event in engine.step(arrived):
             pipe.sendall(encode(event))
         if not engine.busy:

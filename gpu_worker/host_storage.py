@@ -12,7 +12,7 @@ from common.packing import PackedLayout
 from gpu_worker.memory.allocator import OutOfPagesError, PageAllocator, PageKind
 from gpu_worker.memory.geometry import PageGeometry
 from gpu_worker.memory.pool import PagePool
-from kernels.cpu.pages import copy_hashed
+from kernels.cpu.pages import Watch, copy_hashed
 
 
 class WrongBytesError(Exception):
@@ -24,8 +24,11 @@ class HostBlob(Protocol):
 
     num_bytes: int
 
-    def copy_to(self, pool: PagePool, pages: list[int]) -> None:
-        """Fills `pages`, each byte once, and verifies what was copied. Raises WrongBytesError. On a side thread."""
+    def copy_to(self, pool: PagePool, pages: list[int], watch: Watch | None = None) -> None:
+        """Fills `pages`, each byte once, and verifies what was copied. Raises WrongBytesError. On a side thread.
+
+        `watch` may say earlier that they are there, but only once nothing touches them any more.
+        """
 
     def close(self) -> None:
         """The bytes may go; nothing copies them any more."""
@@ -59,9 +62,9 @@ class MappedBlob:
         self._data = data
         self._layout = layout
 
-    def copy_to(self, pool: PagePool, pages: list[int]) -> None:
+    def copy_to(self, pool: PagePool, pages: list[int], watch: Watch | None = None) -> None:
         # Hashed where kernels read them: what is verified is what is used.
-        _write_verified(pool, pages, self._data, self._layout)
+        _write_verified(pool, pages, self._data, self._layout, watch)
 
     def close(self) -> None:
         del self._data
@@ -104,7 +107,7 @@ class ArenaBlob:
         self._layout = layout
         self._pages = pages
 
-    def copy_to(self, pool: PagePool, pages: list[int]) -> None:
+    def copy_to(self, pool: PagePool, pages: list[int], watch: Watch | None = None) -> None:
         if self._file is not None:
             # Hashed in the arena: the device reads these bytes and no others, and hashing them there would cost a
             # second way over the bus.
@@ -116,13 +119,23 @@ class ArenaBlob:
         self._arena.free(self._pages)
 
 
-def _write_verified(pool: PagePool, pages: list[int], data: npt.NDArray[np.uint8], layout: PackedLayout) -> None:
+def _write_verified(
+    pool: PagePool,
+    pages: list[int],
+    data: npt.NDArray[np.uint8],
+    layout: PackedLayout,
+    watch: Watch | None = None,
+) -> None:
     """Raises WrongBytesError unless `pages` hold what the layout promises.
 
     One compiled call where there is one: each call is a turn at the interpreter, for which a copying thread stands in
     line behind the step loop.
     """
-    digest = copy_hashed(pool.bytes, pages, torch.from_numpy(data)) if layout.blake3 else None
+    digest = None
+    if layout.blake3:
+        if watch is not None:
+            watch.expect(layout.blake3)
+        digest = copy_hashed(pool.bytes, pages, torch.from_numpy(data), watch=watch)
     if digest is None:
         checksum = Checksum(layout)
         pool.write(pages, data, checksum.update)

@@ -45,10 +45,18 @@ class ThrottledLoader(Loader):
     bytes_per_second = float("inf")
 
     def _copy(self, job: _Job) -> str:
-        until = time.perf_counter() + job.blob.num_bytes / self.bytes_per_second
         failure = super()._copy(job)
-        time.sleep(max(0.0, until - time.perf_counter()))
+        time.sleep(max(0.0, self._until(job) - time.perf_counter()))
         return failure
+
+    def _ended(self, job: _Job) -> float:
+        ended = super()._ended(job)
+        until = max(ended, self._until(job))
+        return until if ended and until <= time.perf_counter() else 0.0
+
+    def _until(self, job: _Job) -> float:
+        """The bus has brought the last byte."""
+        return job.started + job.blob.num_bytes / self.bytes_per_second
 
 
 class BlockingLoader(ThrottledLoader):

@@ -31,6 +31,7 @@ from gpu_worker.sequence import SamplingParams, StoppingParams
 from gpu_worker.sequence import Sequence as Running
 from gpu_worker.step_output import StepOutput
 from kernels import dispatch
+from kernels.cpu.pages import Watch
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 BODIES = 32
@@ -94,7 +95,7 @@ class Body:
     pages: list[int]
     num_bytes: int
 
-    def copy_to(self, pool: PagePool, pages: list[int]) -> None:
+    def copy_to(self, pool: PagePool, pages: list[int], watch: Watch | None = None) -> None:
         pool.copy_pages(pages, self.source, self.pages)
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ class Driver:
         feeder = threading.Thread(target=self._feed, args=(offers, arrivals, started))
         feeder.start()
         while unfinished:
-            commands = engine_main.arrivals(self._inbox, wait=not self._engine.busy)
+            commands = engine_main.arrivals(self._inbox, self._engine)
             begun = time.perf_counter()
             events = self._engine.step(commands or ())
             every.append(time.perf_counter() - begun)

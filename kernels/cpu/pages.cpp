@@ -1,5 +1,6 @@
 // A byte string copied into pages and hashed where it lies then, in one go: nobody else's turn is asked for meanwhile.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -7,13 +8,20 @@
 
 using namespace loraplex;
 
-// kernels.cpu.pages: the words of the call.
+// kernels.cpu.pages: what another thread sees of a copy.
+struct Watch {
+  Chained expected;
+  int64_t ended;  // nanoseconds of the monotonic clock; 0 = not yet, or with other bytes
+};
+
+// The words of the call.
 struct Copy {
   uint8_t* pool;
   int64_t page_bytes;
   const int64_t* pages;
   const uint8_t* data;
   int64_t num_bytes, lanes;
+  Watch* watch;  // or null
   Chained digest;
 };
 
@@ -62,4 +70,10 @@ extern "C" void loraplex_copy_hashed(Copy* copy) {
     groups.push_back(hash_group(chunks, count, last_bytes, first, num_chunks <= kGroupChunks));
   }
   copy->digest = groups.size() > 1 ? hash_parents(groups.data(), groups.size()) : groups[0];
+  Watch* watch = copy->watch;
+  if (watch && !std::memcmp(&watch->expected, &copy->digest, sizeof(Chained))) {
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    // Last: who sees it may take the pages.
+    __atomic_store_n(&watch->ended, std::chrono::nanoseconds(now).count(), __ATOMIC_RELEASE);
+  }
 }

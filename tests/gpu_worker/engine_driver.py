@@ -61,6 +61,10 @@ class EngineDriver:
         """A command of the face, applied by the next step: `send(abort=...)`."""
         self._arrivals.append(engine_pb2.EngineCommand(**command))
 
+    def arrive(self, arrivals: Iterable[Arrival]) -> None:
+        """What the next step applies."""
+        self._arrivals += arrivals
+
     def command(self, **command: Any) -> None:
         """The scheduler's next command: `command(offer=...)`."""
         numbered = scheduler_pb2.Command(seq=self._seq, **command)

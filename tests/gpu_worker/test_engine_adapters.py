@@ -1,5 +1,6 @@
 """Adapters on their way into pages: a step never waits for them, and a bad one fails its own requests only."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,36 @@ def test_a_sequence_joins_after_its_load(
     for _ in range(3):
         driver.step()
     gate.set()
+    driver.run()
+    assert len(driver.tokens["loading"]) == 8
+
+
+class MuteLoader(GatedLoader):
+    """A copying thread that has no turn to say that it has copied until the test lets it go."""
+
+    copied = threading.Event()
+
+    def _copy(self, job: _Job) -> str:
+        failure = Loader._copy(self, job)
+        self.copied.set()
+        assert self.gate.wait(timeout=30)
+        return failure
+
+
+def test_a_sequence_joins_the_step_after_its_copy_whoever_says_so(
+    gate: threading.Event, tiny_checkpoint: Path, tiny_adapters: list[TinyAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_main, "Loader", MuteLoader)
+    MuteLoader.copied.clear()
+    driver = EngineDriver(tiny_checkpoint, tiny_adapters)
+    driver.offer("loading", PROMPT, "rank-8")
+    driver.offer("base", PROMPT, max_tokens=20)
+    while not driver.memory.loading_pages:
+        driver.step()
+    assert MuteLoader.copied.wait(timeout=30)
+    arrived = engine_main.arrivals(queue.SimpleQueue(), driver.engine)
+    assert arrived is not None
+    driver.arrive(arrived)
     driver.run()
     assert len(driver.tokens["loading"]) == 8
 

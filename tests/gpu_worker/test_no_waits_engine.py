@@ -28,6 +28,7 @@ from gpu_worker.memory.manager import MemoryManager
 from gpu_worker.memory.pool import PagePool
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.outbox import Outbox
+from kernels.cpu.pages import Watch
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2
 from tests.gpu_worker.engine_driver import new_offer
 from tests.gpu_worker.test_no_waits import VOCAB, Device
@@ -84,7 +85,7 @@ class Blob:
         self.num_bytes = num_bytes
         self._source = source
 
-    def copy_to(self, pool: PagePool, pages: list[int]) -> None:
+    def copy_to(self, pool: PagePool, pages: list[int], watch: Watch | None = None) -> None:
         pool.copy_pages(pages, self._source, pages)
 
     def close(self) -> None: ...

@@ -133,7 +133,7 @@ $(CHART): deploy/requirements.txt deploy/layer.py | $(INSTALLED)
 fuzz: install stubs ## Fuzz the store's two parsers for ten minutes each
 	$(BIN)/python -m tests.fuzz --seconds 600
 
-bench: install stubs ## A scrape after 5,000 adapters, then workload W with our engine, our fleet and PEFT in turn (45 minutes); ARGS='--help' explains
+bench: install stubs ## A scrape after 5,000 adapters, then workload W with our engine, our fleet and PEFT in turn (half an hour); ARGS='--help' explains
 	$(BIN)/python -m benchmarks.scrape
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--workloads n8,n64,distinct,one,solo)
 
@@ -141,7 +141,7 @@ bench-full: install stubs ## The same with 1 and 256 adapters and PEFT's other m
 	$(BIN)/python -m benchmarks.serving --workloads n1,n8,n64,n256 --systems engine,peft,peft-grouped,peft-alone $(ARGS)
 
 bench-ablations: install stubs ## Our engine beside baselines with one part replaced, in pools of fixed bytes
-	$(BIN)/python -m benchmarks.serving --workloads n64 --systems engine,padded-bmm,divided,slots --pools 1.0,0.5,0.25 $(ARGS)
+	$(BIN)/python -m benchmarks.serving --workloads n64 --systems engine,eager,padded-bmm,divided,slots --pools 1.0,0.5,0.25 $(ARGS)
 	$(BIN)/python -m benchmarks.serving --workloads n5 --systems engine,merge --pools 1.0 $(ARGS)
 
 bench-peers: install stubs ## vLLM and llama.cpp, each in an environment of its own under build/peers (minutes to install)

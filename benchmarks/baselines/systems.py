@@ -31,11 +31,21 @@ Built = tuple[Engine, engine_pb2.EngineReady]
 
 def start(name: str, fixture: Fixture, threads: int, memory: str, adapter_bytes: int) -> EngineSystem:
     """A baseline by its name in the catalogue."""
+    if name == "eager":
+        return EagerSystem(fixture, threads, memory)
     if name == "padded-bmm":
         return PaddedSystem(fixture, threads, memory)
     if name == "merge":
         return MergingSystem(fixture, threads, memory)
     return DividedSystem(fixture, threads, memory, adapter_bytes, slotted=name == "slots")
+
+
+class EagerSystem(EngineSystem):
+    """Our engine with operations written down in every step: what replaces a compiled one cannot be recorded, and
+    beside this only the products of `padded-bmm` are others."""
+
+    def __init__(self, fixture: Fixture, threads: int, memory: str = "") -> None:
+        super().__init__(fixture, threads, memory, _with(RecordedDecoder=lambda decoder: decoder))
 
 
 class PaddedSystem(EngineSystem):

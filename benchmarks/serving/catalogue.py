@@ -30,6 +30,7 @@ ENTRIES = {
     "llama-cpp": Entry("llama.cpp", "fp32, grouped", "llama-cpp", slow=True, may_differ=True),
     "vllm": Entry("vllm", "CPU, LoRA", "vllm", slow=True, may_differ=True),
     "vllm-lora-off": Entry("vllm", "CPU, LoRA off", "vllm-lora-off", of_base=True, may_differ=True),
+    "eager": Entry("baseline", "our engine, not recorded", "eager"),
     "padded-bmm": Entry("baseline", "padded bmm", "padded-bmm"),
     "divided": Entry("baseline", "memory divided", "divided"),
     "slots": Entry("baseline", "reserved slots", "slots"),
@@ -38,7 +39,7 @@ ENTRIES = {
 ORACLE = "peft"
 # Host -> its environment under build/peers
 PEERS = {"llama-cpp": "llama", "vllm": "vllm", "vllm-lora-off": "vllm"}
-BASELINES = ("padded-bmm", "divided", "slots", "merge")
+BASELINES = ("eager", "padded-bmm", "divided", "slots", "merge")
 
 
 def chosen(names: str) -> list[str]:

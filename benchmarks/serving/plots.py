@@ -16,7 +16,7 @@ Row = dict[str, Any]
 # The same picture from the same rows.
 mpl.rcParams.update({"svg.hashsalt": "loraplex", "svg.fonttype": "none", "font.size": 9})
 COLOURS = {"loraplex": "#2a6f97", "peft": "#bc6c25", "vllm": "#6a994e", "llama.cpp": "#7f5539", "baseline": "#adb5bd"}
-ABLATIONS = ("engine", "padded-bmm", "divided", "slots", "merge")
+ABLATIONS = ("engine", "eager", "padded-bmm", "divided", "slots", "merge")
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
 from benchmarks.baselines.padded_bmm import PaddedBmm
-from benchmarks.baselines.systems import DividedSystem, MergingSystem, PaddedSystem, start
+from benchmarks.baselines.systems import DividedSystem, EagerSystem, MergingSystem, PaddedSystem, start
 from benchmarks.serving.catalogue import BASELINES
 from benchmarks.serving.fixture import page_geometry, pool_bytes, slot_bytes
 from benchmarks.serving.outcome import differing
 from benchmarks.serving.systems.engine import EngineSystem
 from benchmarks.serving.systems.peft import PeftSystem
 from benchmarks.serving.workload import BFLOAT16, Workload
+from kernels.cpu.recording import Recording
 from loraplex.v1 import types_pb2
 from tests.benchmarks.conftest import NARROW, NUM_ADAPTERS, Tiny
 
@@ -76,6 +78,13 @@ def test_a_baseline_answers_what_peft_answers(
     for _ in range(2):
         assert system.run(tiny.workload).outputs == tiny.answers
         system.engine.check_integrity()
+
+
+@pytest.mark.parametrize(("system", "records"), [(EngineSystem, True), (EagerSystem, False)])
+def test_only_the_engine_as_it_serves_is_recorded(tiny: Tiny, system: type[EngineSystem], records: bool) -> None:
+    with mock.patch.object(Recording, "run", autospec=True, side_effect=Recording.run) as run:
+        assert system(tiny.fixture, 1, ROOMY).run(tiny.workload).outputs == tiny.answers
+    assert run.called == records
 
 
 def test_padded_products_are_really_used(

@@ -163,7 +163,7 @@ class ModelRunner:
         context_lens = np.array([chunk.start + chunk.length for chunk in chunks], np.int32)
         page_table = _ragged([self._memory.kv.page_table(chunk.sequence.sequence_id) for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks], np.int64)
-        token_ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
+        token_ids = np.array([token for chunk in chunks for token in _token_ids(chunk)], np.int64)
         # position of a token = its place in the batch - where its chunk starts there + where its chunk starts
         positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)
         sequence_of_token = np.repeat(np.arange(len(chunks)), lengths)
@@ -235,10 +235,10 @@ def _logit_offsets(chunk: Chunk) -> list[int]:
     return [*offsets, chunk.length - 1] if chunk.samples else offsets
 
 
-def _token_ids(chunk: Chunk) -> npt.NDArray[np.int64]:
+def _token_ids(chunk: Chunk) -> list[int]:
     """Those that are known; a token that is not is 0."""
     known = chunk.sequence.token_ids(chunk.start, chunk.start + chunk.length)
-    return np.array([*known, 0] if chunk.ends_pending else known, np.int64)
+    return [*known, 0] if chunk.ends_pending else known
 
 
 def _ragged(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

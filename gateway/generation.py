@@ -29,11 +29,12 @@ RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, under which id, and how many seconds are left (None: no deadline)."""
+    """Who asks, under which id, how many seconds are left (None: no deadline), and whether for a whole answer."""
 
     tenant: str
     request_id: str
     remaining_seconds: float | None
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +223,7 @@ class Generator:
             scheduling=spec.scheduling,
             isolation_salt=caller.tenant,
             prefix_hashes=prefix_hashes(adapter.adapter_version, caller.tenant, prompt),
+            whole=caller.whole,
         )
         if not spec.sampling.HasField("seed"):
             request.sampling.seed = secrets.randbits(64)

@@ -42,7 +42,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def Generate(self, request: gateway_pb2.GenerateRequest, context: Any) -> gateway_pb2.GenerateResponse:
         with self._metrics.call("Generate", context) as call:
-            generation = await self._start(request, context, call)
+            generation = await self._start(request, context, call, whole=True)
             try:
                 whole = merge([answer async for answer in generation.answers()])
                 check_size(whole, self._limits.max_message_bytes)
@@ -52,7 +52,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def GenerateStream(self, request: gateway_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # writes to the context, which can be given up
         with self._metrics.call("GenerateStream", context) as call:
-            generation = await self._start(request, context, call)
+            generation = await self._start(request, context, call, whole=False)
             try:
                 in_flight, give_up = generation.in_flight, partial(self._give_up, generation)
                 await deliver(generation.answers(), context.write, in_flight, self._limits, give_up)
@@ -79,9 +79,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._metrics.slow_clients.inc()
         generation.close(scheduler_pb2.ABORT_CAUSE_SLOW_READER)
 
-    async def _start(self, request: gateway_pb2.GenerateRequest, context: Any, call: Call) -> Generation:
+    async def _start(
+        self, request: gateway_pb2.GenerateRequest, context: Any, call: Call, *, whole: bool
+    ) -> Generation:
         remaining = context.time_remaining()
-        caller = Caller(tenant_of(context), request_id_var.get(), remaining)
+        caller = Caller(tenant_of(context), request_id_var.get(), remaining, whole)
         call.tenant = caller.tenant
         generation = await self._generator.start(request, caller)
         call.adapter_id = generation.in_flight.spec.adapter_id

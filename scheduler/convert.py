@@ -73,6 +73,7 @@ def to_request(spec: types_pb2.RequestSpec, now: float) -> Request:
         delivered_tokens=len(spec.delivered_token_ids),
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
         num_outputs=max(1, spec.output.n),
+        whole=spec.whole,
         deadline=now + spec.remaining_seconds if spec.HasField("remaining_seconds") else None,
         priority=spec.scheduling.priority,
         slo_seconds=spec.scheduling.ttft_slo_seconds if spec.scheduling.HasField("ttft_slo_seconds") else None,

@@ -98,6 +98,8 @@ class Request:
     # Tokens of an earlier attempt; they count as output.
     delivered_tokens: int = 0
     num_outputs: int = 1
+    # Its client waits for the whole answer: nobody reads its tokens as they come.
+    whole: bool = False
     deadline: float | None = None
     # Higher goes first within its tenant.
     priority: int = 0

@@ -40,6 +40,8 @@ class Worker:
         self.requests: dict[Key, Request] = {}
         self.residents: dict[str, Residency] = {}
         self.num_running = 0
+        # Of those that run, the ones whose tokens are read as they come.
+        self.num_streaming = 0
         self.applied_seq = 0
         # Attempts that it had when it registered and was told to end, another worker having them.
         self.disowned: set[Key] = set()
@@ -147,15 +149,13 @@ class Worker:
         request.worker_id = self.worker_id
         self.requests[request.key] = request
         self.given_tokens += request.remaining_tokens
-        self.outstanding_tokens += request.remaining_tokens
-        self.num_running += request.state is RequestState.RUNNING
+        self._load(request, 1)
         self._enter(request, now)
 
     def remove(self, request: Request) -> None:
         """The request has left the worker. Raises KeyError when it was not there."""
         del self.requests[request.key]
-        self.outstanding_tokens -= request.remaining_tokens
-        self.num_running -= request.state is RequestState.RUNNING
+        self._load(request, -1)
         if self.rotated.pop(request.key, None) is None:
             self._exit(request)
         self.displaced.pop(request.key, None)
@@ -178,13 +178,11 @@ class Worker:
         told = (progress.state, computed_tokens, generated_tokens)
         if told == (request.state, request.computed_tokens, request.generated_tokens):
             return False
-        self.outstanding_tokens -= request.remaining_tokens
-        self.num_running -= request.state is RequestState.RUNNING
+        self._load(request, -1)
         held_pages = self.room.held_pages(request)
         request.state, request.computed_tokens, request.generated_tokens = told
         request.expected_tokens = expected_tokens
-        self.outstanding_tokens += request.remaining_tokens
-        self.num_running += request.state is RequestState.RUNNING
+        self._load(request, 1)
         if request.state is RequestState.RUNNING and self.applied_seq >= self.displaced.get(request.key, math.inf):
             del self.displaced[request.key]
         preempt_seq = self.rotated.get(request.key)
@@ -194,6 +192,13 @@ class Worker:
             del self.rotated[request.key]
             self._enter(request, now)
         return True
+
+    def _load(self, request: Request, sign: int) -> None:
+        """Counts what it has still to do, and that it runs."""
+        self.outstanding_tokens += sign * request.remaining_tokens
+        if request.state is RequestState.RUNNING:
+            self.num_running += sign
+            self.num_streaming += 0 if request.whole else sign
 
     def _enter(self, request: Request, now: float) -> None:
         if request.adapter and request.adapter not in self.in_use:

@@ -28,8 +28,15 @@ async def test_a_request_reaches_the_scheduler_complete(fleet: Fleet) -> None:
     assert spec.prompt_token_ids == [1, *token_ids("hi")]
     assert (spec.sampling.temperature, spec.stopping.max_tokens, spec.output.n) == (1.0, 61, 1)
     assert spec.sampling.HasField("seed")
+    assert not spec.whole
     # The transport rounds a deadline up.
     assert 90 < spec.remaining_seconds < 105
+    call.cancel()
+
+
+async def test_the_scheduler_is_told_that_a_client_waits_for_the_whole_answer(fleet: Fleet) -> None:
+    call = fleet.api.Generate(ask())
+    assert (await fleet.scheduler.submitted()).whole
     call.cancel()
 
 

@@ -17,18 +17,19 @@ from tests.scheduler.fakes import make_key, make_model, make_spec
 
 def test_a_request_keeps_its_sizes_and_its_deadline() -> None:
     spec = make_spec("r", "a", prompt=5, max_tokens=7, attempt=2, delivered_token_ids=[1, 2], remaining_seconds=3.0)
-    spec.output.n = 4
+    spec.output.n, spec.whole = 4, True
     request = to_request(spec, now=10.0)
     assert request.key == Key("r", 2, "default")
     assert (request.adapter, request.adapter_bytes, request.num_outputs) == ("a", 100, 4)
     assert (request.prompt_tokens, request.delivered_tokens, request.max_tokens) == (5, 2, 7)
-    assert request.deadline == 13.0
+    assert (request.deadline, request.whole) == (13.0, True)
     assert request.payload is spec
 
 
 def test_a_request_has_defaults() -> None:
     request = to_request(types_pb2.RequestSpec(key=make_key("r")), now=10.0)
     assert (request.adapter, request.max_tokens, request.num_outputs, request.deadline) == ("", 128, 1, None)
+    assert not request.whole
 
 
 def test_progress_without_a_state_is_skipped() -> None:

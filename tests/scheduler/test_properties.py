@@ -107,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             attempt=key.attempt,
             gateway_id=gateway_id,
             deadline=deadline,
+            whole=prompt % 2 == 0,
         )
         request.key = key
         self.scheduler.submit(request, self.now)
@@ -284,7 +285,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             worker = self.scheduler.fleet.get(worker_id)
             assert worker is not None
             assert worker.requests == {}
-            assert (worker.outstanding_tokens, worker.num_running) == (0, 0)
+            assert (worker.outstanding_tokens, worker.num_running, worker.num_streaming) == (0, 0, 0)
 
     # What follows from the decisions.
 

@@ -166,20 +166,48 @@ def test_adapters_of_the_next_heads_are_fetched_ahead_once() -> None:
     assert [action.adapter for action in second if isinstance(action, Prefetch)] == ["d"]
 
 
-def test_a_worker_is_told_how_many_tokens_a_step_has_time_for() -> None:
-    """A step takes 10 ms, a prompt token 1 ms: 0.2 s are 190 tokens of prompt."""
+def paced() -> Scheduler:
     scheduler = make_scheduler(step_target_seconds=0.2, min_step_tokens=16)
     hello = make_hello()
     capacity = type(hello.capacity)(64, 50, 4, 16, max_step_tokens=512)
     scheduler.register(type(hello)("w0", capacity, hello.identity), 0.0)
+    return scheduler
+
+
+def run(scheduler: Scheduler, request_id: str, *, whole: bool) -> None:
+    scheduler.submit(make_request(request_id, whole=whole), 0.0)
+    assert offered(actions(scheduler, 0.0)) == [request_id]
+    scheduler.report("w0", progress(request_id, RequestState.RUNNING), 0.0)
+
+
+def budgets(scheduler: Scheduler) -> list[int]:
+    """What it is told while it reports 200 steps."""
     told = []
     for index in range(200):
         prefill = index * 37 % 300
         facts = StepFacts(1, 0.01 + 0.001 * prefill, prefill, index % 5, index % 3)
         scheduler.report("w0", Report(costs=facts), 0.0)
         told += [action.tokens for action in actions(scheduler, 0.0) if isinstance(action, StepBudget)]
+    return told
+
+
+def test_a_worker_is_told_how_many_tokens_a_step_has_time_for() -> None:
+    """A step takes 10 ms, a prompt token 1 ms: 0.2 s are 190 tokens of prompt."""
+    scheduler = paced()
+    run(scheduler, "stream", whole=False)
+    told = budgets(scheduler)
     assert told
     assert told[-1] == pytest.approx(190, rel=0.25)
+
+
+def test_while_nobody_reads_tokens_as_they_come_steps_have_all_the_tokens_a_worker_can() -> None:
+    scheduler = paced()
+    run(scheduler, "one", whole=True)
+    assert budgets(scheduler) == []
+    run(scheduler, "stream", whole=False)
+    assert budgets(scheduler)[-1] < 300
+    scheduler.report("w0", progress("stream", Ending.FINISHED), 0.0)
+    assert budgets(scheduler) == [512]
 
 
 def test_no_target_means_no_budget() -> None:

@@ -42,6 +42,8 @@ def to_sequences(offer: scheduler_pb2.Offer, eos_token_ids: Items[int], max_cont
             isolation_salt=request.isolation_salt or request.key.tenant,
             adapter_bytes=request.adapter_bytes,
             output_index=index,
+            # A gateway ends an output at a stop string, and log-probabilities go with their token.
+            whole=request.whole and not request.stopping.stop and not request.output.HasField("logprobs"),
             outputs=outputs,
         )
     return outputs

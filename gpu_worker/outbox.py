@@ -9,6 +9,9 @@ from gpu_worker.memory.adapter_cache import ResidentAdapter
 from gpu_worker.sequence import Sequence, TokenLogprobs
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
 
+# Tokens of one output in a message to a gateway whose client waits for the whole answer.
+TOKENS_TOGETHER = 16
+
 
 class Outbox:
     """Collects one step's outputs; `take` hands them over and starts empty again."""
@@ -44,10 +47,12 @@ class Outbox:
         self._distrusted.append(engine_pb2.AdapterDistrusted(adapter_version=adapter_version, sha256=sha256))
 
     def token(self, sequence: Sequence, logprobs: TokenLogprobs | None = None) -> None:
-        """The sequence's newest token goes to its gateway."""
-        offset = len(sequence.output_token_ids) - 1
-        message = self._add_message(sequence, offset)
-        message.token_ids.extend(sequence.output_token_ids[offset:])
+        """The sequence's newest token goes to its gateway, or is held until there are enough or the output ends."""
+        sequence.num_held += 1
+        offset = len(sequence.output_token_ids) - sequence.num_held
+        if sequence.whole and sequence.num_held < TOKENS_TOGETHER and offset != sequence.num_delivered:
+            return
+        message = self._add_message(sequence)
         if logprobs is not None:
             message.logprobs.append(to_position(logprobs))
         if offset != sequence.num_delivered or sequence.output_index != 0:
@@ -102,12 +107,18 @@ class Outbox:
         key, messages = to_key(sequence), self._tokens[sequence.gateway_id]
         if messages and messages[-1].key == key and messages[-1].output_index == sequence.output_index:
             return messages[-1]
-        return self._add_message(sequence, len(sequence.output_token_ids))
+        return self._add_message(sequence)
 
-    def _add_message(self, sequence: Sequence, token_offset: int) -> worker_pb2.SequenceTokens:
+    def _add_message(self, sequence: Sequence) -> worker_pb2.SequenceTokens:
+        """With the tokens that its gateway was not told."""
+        offset = len(sequence.output_token_ids) - sequence.num_held
         message = worker_pb2.SequenceTokens(
-            key=to_key(sequence), output_index=sequence.output_index, token_offset=token_offset
+            key=to_key(sequence),
+            output_index=sequence.output_index,
+            token_offset=offset,
+            token_ids=sequence.output_token_ids[offset:],
         )
+        sequence.num_held = 0
         self._tokens[sequence.gateway_id].append(message)
         return message
 

@@ -94,6 +94,10 @@ class Sequence:
     # Of the packed string, as the offer says; 0 = not said.
     adapter_bytes: int = 0
     output_index: int = 0
+    # Its gateway needs no token before the others: nobody reads them as they come, and none of them may end it there.
+    whole: bool = False
+    # Newest tokens that its gateway was not told.
+    num_held: int = 0
     # All outputs of the attempt by index; a new one joins. Output 0 computes the prompt that the others share.
     outputs: "list[Sequence]" = field(default_factory=list)
     # Of the prompt tokens from the second on, as far as computed; in output 0 only.

@@ -1,7 +1,7 @@
 """What one step tells: one message a sequence, the latest state of each, and then nothing again."""
 
 from common.errors import Unavailable
-from gpu_worker.outbox import Outbox
+from gpu_worker.outbox import TOKENS_TOGETHER, Outbox
 from gpu_worker.sequence import Sequence, SequenceState
 from loraplex.v1 import engine_pb2, scheduler_pb2, types_pb2, worker_pb2
 from tests.gpu_worker.support import waiting_sequence
@@ -39,6 +39,39 @@ def test_an_end_without_a_token_says_how_many_came_before() -> None:
     outbox.finish(with_output("s", 5, 6), types_pb2.FINISH_REASON_ABORTED, counted_as="length")
     (message,) = messages(outbox.take())
     assert (message.token_offset, list(message.token_ids)) == (2, [])
+
+
+def generate(outbox: Outbox, sequence: Sequence, num_tokens: int) -> list[worker_pb2.SequenceTokens]:
+    """One token a step; what the gateway was told."""
+    told = []
+    for token_id in range(num_tokens):
+        sequence.output_token_ids.append(token_id)
+        outbox.token(sequence)
+        told += messages(outbox.take())
+    return told
+
+
+def test_who_waits_for_the_whole_answer_gets_the_first_token_at_once_and_then_many_together() -> None:
+    outbox, sequence = Outbox(), with_output("s")
+    sequence.whole = True
+    told = generate(outbox, sequence, 2 * TOKENS_TOGETHER + 4)
+    assert [message.token_offset for message in told] == [0, 1, 1 + TOKENS_TOGETHER]
+    outbox.finish(sequence, LENGTH, counted_as="length")
+    told += messages(outbox.take())
+    assert [token_id for message in told for token_id in message.token_ids] == sequence.output_token_ids
+    assert [message.finish_reason for message in told] == [0, 0, 0, LENGTH]
+
+
+def test_who_reads_along_gets_every_token_at_once() -> None:
+    sequence = with_output("s")
+    assert [message.token_offset for message in generate(Outbox(), sequence, 40)] == list(range(40))
+
+
+def test_a_later_attempt_begins_behind_what_was_delivered() -> None:
+    sequence = with_output("s", 7, 8)
+    sequence.whole, sequence.num_delivered = True, 2
+    (first,) = generate(Outbox(), sequence, 3)
+    assert (first.token_offset, list(first.token_ids), first.HasField("usage")) == (2, [0], True)
 
 
 def test_the_end_of_one_does_not_ride_on_the_token_of_another() -> None:

@@ -228,15 +228,14 @@ def _miss(policy: EvictionPolicy, turns: Sequence[Turn]) -> Replay:
 
 
 def share_rows(steps_of_a_phase: int = 4000, every: int = 100) -> list[dict[str, Any]]:
-    """(c): who has the pool while 1, then 200, then 1 adapter is in play, at the same rate of requests."""
+    """(c): who has the pool while 1, then 200, then 1 adapter is in play, at one rate of turns of conversations."""
     rng, num_pages = np.random.default_rng(3), 8192
     replay, found = Replay(MemoryManager(GEOMETRY, num_pages), max_running=64), []
     for phase, active in enumerate((1, 200, 1)):
+        turns = conversations([1.0] * active, steps_of_a_phase, seed=phase)
         for step in range(steps_of_a_phase):
             if rng.random() < 0.4:
-                adapter, conversation = int(rng.integers(active)), int(rng.integers(1 << 40))
-                turn = Turn(adapter, conversation, 0, int(rng.integers(64, 1200)), int(rng.integers(16, 200)))
-                replay.waiting.append(turn)
+                replay.waiting.append(next(turns))
             replay.step()
             if step % every == every - 1:
                 counts = replay.memory.counts()

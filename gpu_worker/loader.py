@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """A copy has ended; `failure` is empty when the bytes in the pages have the expected sha256."""
+    """A copy has ended; `failure` is empty when the bytes in the pages have the promised digest."""
 
     adapter_version: str
     failure: str
